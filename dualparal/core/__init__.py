@@ -1,0 +1,1 @@
+"""Pure arithmetic of the method: no processes, no torch.distributed, no clock."""

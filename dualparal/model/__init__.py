@@ -1,0 +1,1 @@
+"""One rank's part of Wan; knows no rank and no queue."""

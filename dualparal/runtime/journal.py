@@ -1,0 +1,150 @@
+"""A job's folder on disk: request, events, segments, video. What is in it survives any crash.
+
+Plain files rather than a database: every job is one folder that can be copied, deleted or read by hand, `events.jsonl` is
+only appended to (a torn last line is ignored), and everything else is written under a temporary name and renamed.
+
+    outputs/<job id>/request.json     resolved request, model, preset, owner, engine settings
+                     events.jsonl     one event a line (`dualparal.events`), Progress left out
+                     block_0000.ts    one playable segment per finished block
+                     video.mp4        all finished blocks, settings in its metadata
+                     timeline.json    when each stage worked on what
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dualparal.errors import OutputError, RequestError
+from dualparal.events import FINAL, Event, Progress, event_from_json
+from dualparal.request import GenerationRequest
+
+JOB_ID = re.compile(r"[0-9a-f-]{6,36}")
+
+
+def new_job_id() -> str:
+    """A fresh id that sorts by time: seconds since the epoch in hexadecimal, a dash, 8 random digits."""
+    return f"{int(time.time()):08x}-{secrets.token_hex(4)}"
+
+
+def check_job_id(job_id: object) -> str:
+    """`job_id` itself if it is 6 to 36 lower-case hexadecimal digits and dashes, else `RequestError`."""
+    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
+        raise RequestError("a job id is 6 to 36 lower-case hexadecimal digits and dashes", "job_id")
+    return job_id
+
+
+def outputs_folder(named: str | Path | None = None) -> Path:
+    """The folder of all jobs: `named`, else DUALPARAL_OUTPUTS, else ./outputs; absolute."""
+    return Path(named or os.environ.get("DUALPARAL_OUTPUTS") or "outputs").expanduser().absolute()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` under a temporary name beside `path`, then rename, so that `path` is never half-written."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """One job's files. Creating the object touches nothing; `create` makes the folder."""
+
+    path: Path
+    _torn: list[bool] = field(default_factory=lambda: [False], repr=False, compare=False)
+
+    @property
+    def job_id(self) -> str:
+        return self.path.name
+
+    @property
+    def video(self) -> Path:
+        return self.path / "video.mp4"
+
+    @classmethod
+    def create(cls, outputs: Path, job_id: str, request: GenerationRequest, **about: Any) -> JobFolder:
+        """Make the folder and write `request.json` (`about` goes beside the request). Raises `OutputError`."""
+        folder = cls(outputs / check_job_id(job_id))
+        record = {"job_id": job_id, "created_s": time.time(), **about, "request": request.model_dump(exclude_none=True)}
+        try:
+            folder.path.mkdir(parents=True, exist_ok=False)
+            write_atomically(folder.path / "request.json", json.dumps(record, ensure_ascii=False, indent=1))
+        except OSError as error:
+            raise OutputError(
+                f"results cannot be written to {outputs}: {error.strerror}; make it writable, free space or name "
+                "another folder with DUALPARAL_OUTPUTS"
+            ) from None
+        return folder
+
+    def record(self) -> dict[str, Any]:
+        """What `request.json` holds: job_id, created_s, request (a dictionary) and what `create` was given."""
+        try:
+            found = json.loads((self.path / "request.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"job {self.job_id} has no readable request.json: {error}") from None
+        if not isinstance(found, dict):
+            raise OutputError(f"job {self.job_id}: request.json does not hold an object")
+        return found
+
+    def request(self) -> GenerationRequest:
+        """The resolved request of this job."""
+        return GenerationRequest(**self.record()["request"])
+
+    def append(self, event: Event) -> None:
+        """Add one event to `events.jsonl`. Progress is left out: it is true for a second only."""
+        if isinstance(event, Progress):
+            return
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
+
+    def events(self) -> list[Event]:
+        """All whole events on disk, oldest first."""
+        try:
+            lines = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            try:
+                found.append(event_from_json(json.loads(line)))
+            except (ValueError, TypeError):  # torn by a crash in mid-write
+                continue
+        return found
+
+    def final_event(self) -> Event | None:
+        """The event that ended the job, or None while it is queued, running or interrupted."""
+        return next((event for event in reversed(self.events()) if isinstance(event, FINAL)), None)
+
+    def segments(self) -> list[Path]:
+        """The finished blocks' segments, in order."""
+        return sorted(self.path.glob("block_*.ts"))
+
+    def delete(self) -> None:
+        """Remove the job and all its files."""
+        shutil.rmtree(self.path)
+
+
+def list_jobs(outputs: Path) -> Iterator[JobFolder]:
+    """Every job folder under `outputs`, newest first. Other folders are left alone."""
+    try:
+        entries = [entry for entry in outputs.iterdir() if JOB_ID.fullmatch(entry.name) and (entry / "request.json").is_file()]
+    except FileNotFoundError:
+        return
+    for entry in sorted(entries, key=lambda path: path.name, reverse=True):
+        yield JobFolder(entry)
+
+
+def find_job(outputs: Path, job_id: object) -> JobFolder:
+    """The folder of `job_id`; raises `RequestError` for a malformed or unknown id."""
+    folder = JobFolder(outputs / check_job_id(job_id))
+    if not (folder.path / "request.json").is_file():
+        raise RequestError(f"there is no job {folder.job_id} in {outputs}", "job_id")
+    return folder

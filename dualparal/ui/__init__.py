@@ -1,0 +1,1 @@
+"""The page and the Gradio API; never imports torch."""
