@@ -6,6 +6,7 @@ A `GenerationRequest` may leave almost everything out; `resolve(preset)` fills i
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import secrets
@@ -65,7 +66,7 @@ class GenerationRequest(BaseModel):
     num_cat: int | None = Field(None, ge=0, le=1024, description="latent frames of context on each side of a block")
     schedule: ScheduleName | None = Field(None, description="order in which blocks are denoised")
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -88,7 +89,7 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"{len(text)} characters are too many; the limit is {MAX_PROMPT_CHARS}, shorten it")
         # Lone surrogates cannot be encoded, control characters break logs and players.
         text.encode("utf-8")
-        return "".join(ch for ch in text if ch in "\n\t" or ord(ch) >= 32 and ord(ch) != 127)
+        return "".join(ch for ch in text if ch in "\n\t" or (ord(ch) >= 32 and ord(ch) != 127))
 
     @field_validator("height", "width")
     @classmethod
@@ -159,7 +160,7 @@ class GenerationRequest(BaseModel):
         """The inverse of `to_json`; raises `RequestError` for anything else."""
         try:
             values = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RequestError("the stored settings are not JSON; they were not written by this program") from None
         if not isinstance(values, dict):
             raise RequestError("the stored settings are not a JSON object; they were not written by this program")
@@ -188,14 +189,22 @@ def _one_sentence(error: ValidationError) -> RequestError:
     first = error.errors()[0]
     field = str(first["loc"][0]) if first["loc"] else "request"
     if first["type"] == "extra_forbidden":
-        known = GenerationRequest.model_fields
-        return RequestError(f"{field} is not a field of a request; known fields: {', '.join(known)}", field)
+        known = list(GenerationRequest.model_fields)
+        near = difflib.get_close_matches(field[:100], known, n=1, cutoff=0.0)[0]
+        shown = field if field.isidentifier() and len(field) <= 60 else _shown(field)
+        return RequestError(
+            f"{shown} is not a field of a request; did you mean {near}? (known fields: {', '.join(known)})", shown
+        )
     if first["type"] == "missing":
         return RequestError(f"{field} is missing: {_describe(field)}", field)
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
     what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return RequestError(f"{field}={shown}: {what} ({_describe(field)})", field)
+    return RequestError(f"{field}={_shown(first['input'])}: {what} ({_describe(field)})", field)
+
+
+def _shown(value: object) -> str:
+    """A value as one short printable piece of a sentence."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _describe(field: str) -> str:
