@@ -1,0 +1,66 @@
+"""Per-block sampler: each block steps its own multistep UniPC (METHOD.md, "One sweep", step 4).
+
+A thin hold on diffusers' `UniPCMultistepScheduler`; follows `WanPipeline` in how it is set up.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from dualparal.errors import CheckpointError
+
+
+class SamplerFactory:
+    """Makes one fresh sampler per block. `timesteps` [num_steps] int64 are shared by all of them, noisiest first."""
+
+    def __init__(self, config: dict[str, Any], *, num_steps: int, flow_shift: float, device: torch.device | str) -> None:
+        """`config` is the checkpoint's scheduler_config.json; `flow_shift` replaces its own."""
+        name = config.get("_class_name", "UniPCMultistepScheduler")
+        if name != "UniPCMultistepScheduler":
+            raise CheckpointError(f"the checkpoint's scheduler is {name}; only UniPCMultistepScheduler is supported")
+        known = inspect.signature(UniPCMultistepScheduler.__init__).parameters
+        values = {key: value for key, value in config.items() if key in known and not key.startswith("_")}
+        self._template = UniPCMultistepScheduler(**{**values, "flow_shift": flow_shift})
+        self._template.set_timesteps(num_steps, device=device)
+        self._template.set_begin_index(0)
+        self.timesteps: torch.Tensor = self._template.timesteps
+        self.num_train_timesteps = int(self._template.config.num_train_timesteps)
+
+    def new(self) -> BlockSampler:
+        """A sampler for one block, at its first step."""
+        return BlockSampler(copy.deepcopy(self._template))
+
+    def experts(self, boundary_ratio: float | None) -> tuple[int, ...]:
+        """Which expert runs each step: 1 (low noise) where t < boundary_ratio * num_train_timesteps, else 0."""
+        return experts_of(self.timesteps.tolist(), boundary_ratio, self.num_train_timesteps)
+
+
+def experts_of(timesteps: Sequence[float], boundary_ratio: float | None, num_train_timesteps: int) -> tuple[int, ...]:
+    """See `SamplerFactory.experts`."""
+    if boundary_ratio is None:
+        return (0,) * len(timesteps)
+    return tuple(int(t < boundary_ratio * num_train_timesteps) for t in timesteps)
+
+
+class BlockSampler:
+    """The multistep state of one block."""
+
+    def __init__(self, scheduler: UniPCMultistepScheduler) -> None:
+        self._scheduler = scheduler
+        self._step = 0
+
+    def step(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Latents one step cleaner. `prediction` and `latents` [1, C, F, h, w] float32; neither is changed.
+
+        UniPC keeps `latents` as its last sample: the caller must never write into it again.
+        """
+        timestep = self._scheduler.timesteps[self._step]
+        self._step += 1
+        result: torch.Tensor = self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        return result

@@ -1,0 +1,207 @@
+"""A Wan checkpoint folder in the hub's layout: what is in it, which rank needs which tensor, and whether it is whole.
+
+Reads JSON and safetensors headers only, never a weight, and needs no torch, so that the front end can refuse a bad folder
+before any process starts. Follows the safetensors format: 8 bytes little-endian header length, JSON header, data.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dualparal.errors import CheckpointError, RequestError
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+CLASSES = {
+    "transformer": ("WanTransformer3DModel",),
+    "transformer_2": ("WanTransformer3DModel",),
+    "vae": ("AutoencoderKLWan",),
+    "text_encoder": ("UMT5EncoderModel",),
+    "scheduler": ("UniPCMultistepScheduler",),
+}
+WEIGHT_NAMES = {"text_encoder": "model"}  # transformers' name; diffusers' is the default below
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `dtype` as safetensors spells it (F32, BF16, ...)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with model_index.json, transformer[, transformer_2], vae, text_encoder, tokenizer, scheduler."""
+
+    folder: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        return _read_json(self.folder / "model_index.json")
+
+    @property
+    def num_experts(self) -> int:
+        """2 when the folder lists a `transformer_2`, else 1."""
+        return 2 if (self.index.get("transformer_2") or [None])[0] else 1
+
+    @property
+    def boundary_ratio(self) -> float | None:
+        return self.index.get("boundary_ratio")
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The config of a component: config.json, or scheduler_config.json for the scheduler."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return _read_json(self.folder / component / name)
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        return ("transformer", "transformer_2")[: self.num_experts]
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config("transformer")["num_layers"])
+
+    def tensors(self, component: str) -> dict[str, TensorInfo]:
+        """Every tensor of a component, from the headers of its safetensors file or files. Checks that no file is cut off."""
+        stem = WEIGHT_NAMES.get(component, "diffusion_pytorch_model")
+        folder = self.folder / component
+        index = folder / f"{stem}.safetensors.index.json"
+        single = folder / f"{stem}.safetensors"
+        if single.is_file():
+            return read_header(single)
+        if not index.is_file():
+            if any(folder.glob("*.bin")):
+                raise CheckpointError(f"{folder} holds pickled weights (.bin); only safetensors are read, convert it first")
+            raise CheckpointError(f"{folder} has no {single.name} and no {index.name}; the download is incomplete")
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map; download it again")
+        found: dict[str, TensorInfo] = {}
+        for name in sorted(set(weight_map.values())):
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
+            found |= read_header(folder / name)
+        if lost := sorted(set(weight_map) - set(found)):
+            raise CheckpointError(f"{index} lists {lost[0]} (and {len(lost) - 1} more) that its files do not hold")
+        return found
+
+    def validate(self) -> None:
+        """Raise `CheckpointError` for the first thing that would stop a run: file, class, key or byte missing."""
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder; give a Wan checkpoint in diffusers' layout")
+        if self.index.get("expand_timesteps"):
+            raise CheckpointError(f"{self.folder} is a text-image-to-video model (expand_timesteps); use a T2V checkpoint")
+        for component in (*self.transformers, "vae", "text_encoder", "scheduler"):
+            name = self._class_of(component)
+            if name not in CLASSES[component]:
+                raise CheckpointError(
+                    f"{self.folder}/{component} is a {name}; a Wan text-to-video checkpoint has a {CLASSES[component][0]} there"
+                )
+        if not any((self.folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+            raise CheckpointError(f"{self.folder}/tokenizer has neither tokenizer.json nor spiece.model; download it again")
+        for component in self.transformers:
+            self._validate_transformer(component)
+        for component in ("vae", "text_encoder"):
+            self.tensors(component)
+
+    def _class_of(self, component: str) -> str:
+        config = self.config(component)
+        if component == "text_encoder":
+            return str((config.get("architectures") or self.index.get(component, [None, "?"])[1:])[0])
+        return str(config.get("_class_name"))
+
+    def _validate_transformer(self, component: str) -> None:
+        config, where = self.config(component), self.folder / component
+        if config.get("image_dim") or config.get("added_kv_proj_dim"):
+            raise CheckpointError(f"{where} is an image-to-video model (image_dim is set); use a T2V checkpoint")
+        if tuple(config.get("patch_size", (1, 2, 2)))[0] != 1:
+            raise CheckpointError(f"{where} has patch_size {config['patch_size']}; patches of several frames are not supported")
+        if config.get("num_layers") != self.num_layers:
+            raise CheckpointError(f"{where} has {config.get('num_layers')} layers, the first expert {self.num_layers}")
+        if missing := sorted(set(transformer_owners(config)) - set(self.tensors(component))):
+            raise CheckpointError(f"{where} lacks {missing[0]} (and {len(missing) - 1} more tensors); download it again")
+
+
+def transformer_owners(config: dict[str, Any]) -> dict[str, int]:
+    """Every key of a WanTransformer3DModel's state dict and the layer whose stage owns it.
+
+    -1 stands for the first stage (patch and condition embedding), `num_layers` for the last (output head).
+    """
+    num_layers = int(config["num_layers"])
+    linear = ("weight", "bias")
+    first = [f"patch_embedding.{end}" for end in linear]
+    for part in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj", "text_embedder.linear_1", "text_embedder.linear_2"):
+        first += [f"condition_embedder.{part}.{end}" for end in linear]
+    layer = ["scale_shift_table"]
+    for attn in ("attn1", "attn2"):
+        layer += [f"{attn}.{part}.{end}" for part in ("to_q", "to_k", "to_v", "to_out.0") for end in linear]
+        layer += [f"{attn}.norm_q.weight", f"{attn}.norm_k.weight"]
+    layer += [f"ffn.net.{part}.{end}" for part in ("0.proj", "2") for end in linear]
+    if config.get("cross_attn_norm", True):
+        layer += [f"norm2.{end}" for end in linear]
+    owners = dict.fromkeys(first, -1)
+    for number in range(num_layers):
+        owners |= {f"blocks.{number}.{key}": number for key in layer}
+    return owners | dict.fromkeys(("proj_out.weight", "proj_out.bias", "scale_shift_table"), num_layers)
+
+
+def split_layers(num_layers: int, ranks: int, layer_split: Sequence[int] | None = None) -> tuple[range, ...]:
+    """The contiguous layers of each rank: as `layer_split` counts them, else as even as can be (earlier ranks take the rest).
+
+    Raises `RequestError` when a rank would be left without a layer or the counts do not add up.
+    """
+    if layer_split is not None:
+        if len(layer_split) != ranks or sum(layer_split) != num_layers or min(layer_split) < 1:
+            raise RequestError(
+                f"layer_split={','.join(map(str, layer_split))} does not fit: it needs {ranks} counts of at least 1 that add "
+                f"up to the model's {num_layers} layers",
+                "layer_split",
+            )
+        counts = list(layer_split)
+    else:
+        if not 1 <= ranks <= num_layers:
+            raise RequestError(f"ranks={ranks} does not fit: the model has {num_layers} layers; use 1 to {num_layers}", "ranks")
+        counts = [num_layers // ranks + (rank < num_layers % ranks) for rank in range(ranks)]
+    starts = [sum(counts[:rank]) for rank in range(ranks)]
+    return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors a safetensors file lists; raises `CheckpointError` when it is missing, cut off or not safetensors."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            start = opened.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"{file} is not a whole safetensors file ({size} bytes); download it again")
+            header = json.loads(opened.read(length))
+        entries = {key: value for key, value in header.items() if key != "__metadata__"}
+        end = max((value["data_offsets"][1] for value in entries.values()), default=0)
+        found = {key: TensorInfo(file, value["dtype"], tuple(value["shape"])) for key, value in entries.items()}
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; the download is incomplete") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{file} has a damaged safetensors header; download it again") from None
+    if size < 8 + length + end:
+        raise CheckpointError(f"{file} is cut off: {size} bytes of {8 + length + end}; download it again")
+    return found
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; is this a Wan checkpoint in diffusers' layout?") from None
+    except ValueError:
+        raise CheckpointError(f"{file} is not JSON; download it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object; download it again")
+    return found

@@ -1,0 +1,200 @@
+"""One stage: a contiguous range of Wan DiT layers with its feature cache, for one or two experts.
+
+Follows `WanTransformer3DModel.forward` (diffusers), cut at layer borders. The first stage owns the patch and condition
+embedding, the last the output head. Knows no rank and no queue: the runtime feeds it items of the schedule in order.
+
+Shapes: B guidance halves (cond[, uncond]), C latent channels, F window frames, h x w latent picture, p tokens per frame,
+n = F * p window tokens, D model dim, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from dualparal.core.plan import BlockPlan
+from dualparal.core.schedule import Item, Right
+from dualparal.model.checkpoint import DTYPES, load_transformer_share
+from dualparal.model.feature_cache import CrossAttention, KeyValue, SelfAttention, Surroundings
+from dualparal.model.layout import Checkpoint
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What steps and prompts mean to one expert, computed once per job by the first stage's condition embedder.
+
+    `temb` [S, D] for the output head, `timestep_proj` [S, 6, D] for the layers; `texts[i]` is text i as a list of guidance
+    halves, each [1, L, D] (halves may differ in L).
+    """
+
+    temb: torch.Tensor
+    timestep_proj: torch.Tensor
+    texts: list[list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """The geometry every stage needs: `text_of_block[b]` is the text that block b listens to."""
+
+    plan: BlockPlan
+    height: int  # of the latents
+    width: int
+    num_halves: int
+    guidance_scales: tuple[float, float]  # of expert 0 and 1
+    text_of_block: tuple[int, ...]
+
+
+class Stage:
+    """Layers `layers` of every expert, on one device. `begin` a job, `run` its items in schedule order, `end` it."""
+
+    def __init__(self, checkpoint: Checkpoint, layers: range, *, dtype: str, device: str) -> None:
+        self.layers = layers
+        self.device = torch.device(device)
+        self.dtype = DTYPES[dtype]
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == checkpoint.num_layers
+        self.models: list[WanTransformer3DModel] = [
+            load_transformer_share(checkpoint, component, layers, dtype=self.dtype, device=self.device)
+            for component in checkpoint.transformers
+        ]
+        config = checkpoint.config("transformer")
+        self.patch_size: tuple[int, int, int] = tuple(config.get("patch_size", (1, 2, 2)))
+        self.dim = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+        self.channels = int(config["in_channels"])
+        self.max_frames = int(config.get("rope_max_seq_len") or 1024)
+        self._texts: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.models]
+        self._selves: list[list[SelfAttention]] = []
+        self._crosses: list[list[CrossAttention]] = []
+        for model, texts in zip(self.models, self._texts, strict=True):
+            own = [(number, model.blocks[number]) for number in layers]
+            self._selves.append([SelfAttention(number) for number, _ in own])
+            self._crosses.append([CrossAttention(texts) for _ in own])
+            for (_, block), attn1, attn2 in zip(own, self._selves[-1], self._crosses[-1], strict=True):
+                block.attn1.set_processor(attn1)
+                block.attn2.set_processor(attn2)
+        self._shape: JobShape | None = None
+        self._cache: dict[int, KeyValue] | None = None
+
+    def embed_conditions(self, timesteps: torch.Tensor, texts: Sequence[Sequence[torch.Tensor]]) -> list[Conditions]:
+        """Time and text projections of every expert, on the CPU (they are sent to all ranks). First stage only.
+
+        `timesteps` [S]; `texts[i]` holds the guidance halves of text i, each [1, L, text dim], in any dtype.
+        """
+        found = []
+        with torch.inference_mode():
+            for model in self.models:
+                embedder = model.condition_embedder
+                halves = [[half.to(self.device, self.dtype) for half in text] for text in texts]
+                temb, proj, _, _ = embedder(timesteps.to(self.device), halves[0][0])
+                projected = [[embedder.text_embedder(half).cpu() for half in text] for text in halves]
+                found.append(Conditions(temb.cpu(), proj.unflatten(1, (6, -1)).cpu(), projected))
+        return found
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """p: tokens of one latent frame of the present job."""
+        assert self._shape is not None
+        return (self._shape.height // self.patch_size[1]) * (self._shape.width // self.patch_size[2])
+
+    def begin(self, shape: JobShape, conditions: Sequence[Conditions]) -> None:
+        """Take up a job: position table, time projections and texts move to the device."""
+        self.end()
+        self._shape = shape
+        plan = shape.plan
+        most = max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks))
+        self._rope = self._rope_table(most)
+        self._conditions = [
+            (expert.temb.to(self.device), expert.timestep_proj.to(self.device)) for expert in conditions
+        ]
+        for texts, expert in zip(self._texts, conditions, strict=True):
+            texts.update({i: [half.to(self.device) for half in halves] for i, halves in enumerate(expert.texts)})
+
+    def end(self) -> None:
+        """Drop everything that belongs to a job."""
+        self._shape = self._cache = None
+        for texts, crosses in zip(self._texts, self._crosses, strict=True):
+            texts.clear()
+            for cross in crosses:
+                cross.forget()
+
+    def num_window_frames(self, item: Item) -> tuple[int, int, int]:
+        """Latent frames of (left context, own, right latents) in the window of `item`."""
+        assert self._shape is not None
+        plan = self._shape.plan
+        left = plan.num_left(item.block) if item.left_version is not None else 0
+        right = plan.num_right(item.block) if item.right is Right.LATENTS else 0
+        return left, plan.lengths[item.block], right
+
+    def hidden_shape(self, item: Item) -> tuple[int, int, int]:
+        """[B, n, D] of the activations that pass between stages for `item`."""
+        assert self._shape is not None
+        return self._shape.num_halves, sum(self.num_window_frames(item)) * self.tokens_per_frame, self.dim
+
+    def prediction_shape(self, item: Item) -> tuple[int, int, int, int, int]:
+        """[1, C, own frames, h, w] of what the last stage returns for `item`."""
+        assert self._shape is not None
+        return 1, self.channels, self._shape.plan.lengths[item.block], self._shape.height, self._shape.width
+
+    @torch.inference_mode()
+    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor:
+        """One block step through this stage's layers.
+
+        `incoming`: the window's latents [1, C, F, h, w] float32 on the first stage, else activations [B, n, D]. Returns
+        activations [B, n, D], or on the last stage the prediction [1, C, own F, h, w] float32.
+        """
+        shape = self._shape
+        assert shape is not None, "begin() a job first"
+        model = self.models[item.expert]
+        temb, timestep_proj = self._conditions[item.expert]
+        hidden = self._embed(model, incoming, shape.num_halves) if self.is_first else incoming
+        left, _, _ = self.num_window_frames(item)
+        tokens = self.tokens_per_frame
+        around = Surroundings(self._rope)
+        if item.right is Right.CACHE:
+            around.right = self._cache
+            assert around.right is not None, "the schedule promised a right cache"
+        if item.keeps:
+            around.keep = slice(left * tokens, (left + shape.plan.num_kept(item.block)) * tokens)
+        self._cache = None
+        for number, attention in zip(self.layers, self._selves[item.expert], strict=True):
+            attention.surroundings = around
+            hidden = model.blocks[number](
+                hidden, shape.text_of_block[item.block], timestep_proj[item.step : item.step + 1], None
+            )
+            attention.surroundings = None
+        self._cache = around.kept if item.keeps else None
+        return self._predict(model, item, hidden, temb[item.step : item.step + 1]) if self.is_last else hidden
+
+    def _embed(self, model: WanTransformer3DModel, window: torch.Tensor, num_halves: int) -> torch.Tensor:
+        tokens = model.patch_embedding(window.to(self.device, self.dtype)).flatten(2).transpose(1, 2)  # [1, n, D]
+        return tokens.expand(num_halves, -1, -1).contiguous()
+
+    def _predict(self, model: WanTransformer3DModel, item: Item, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Output head on the own frames only, then guidance: uncond + scale * (cond - uncond)."""
+        shape = self._shape
+        assert shape is not None
+        left, own, _ = self.num_window_frames(item)
+        p = self.tokens_per_frame
+        hidden = hidden[:, left * p : (left + own) * p]
+        shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        hidden = (model.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+        patches = model.proj_out(hidden).float()  # [B, own * p, ph * pw * C]
+        _, patch_h, patch_w = self.patch_size
+        rows, columns = shape.height // patch_h, shape.width // patch_w
+        patches = patches.reshape(shape.num_halves, own, rows, columns, patch_h, patch_w, -1)
+        out = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [B, C, own, h, w]
+        if shape.num_halves == 1:
+            return out.contiguous()
+        cond, uncond = out.split(1)
+        return uncond + shape.guidance_scales[item.expert] * (cond - uncond)
+
+    def _rope_table(self, num_frames: int) -> torch.Tensor:
+        """Rotations of `num_frames` latent frames, [num_frames * p, d / 2] complex64; a prefix serves fewer frames."""
+        shape = self._shape
+        assert shape is not None
+        probe = torch.empty(1, 1, num_frames, shape.height, shape.width, device="meta")
+        cos, sin = self.models[0].rope(probe)  # [1, n, 1, d], each value twice
+        return torch.complex(cos[0, :, 0, 0::2].float(), sin[0, :, 0, 1::2].float()).contiguous()

@@ -1,0 +1,176 @@
+"""The codec process: text encoder, streaming VAE decode, H.264. Off the pipeline's path, so that none of it stalls a stage.
+
+Prompts to encode overtake blocks to decode, so that the next job's first step does not wait for the last one's video.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from multiprocessing.connection import Connection
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dualparal.errors import OutputError
+from dualparal.events import BlockReady
+from dualparal.media.writer import VideoWriter
+from dualparal.model.checkpoint import DTYPES
+from dualparal.model.layout import Checkpoint
+from dualparal.model.text import TextEncoder
+from dualparal.model.vae import StreamingDecoder, to_uint8
+from dualparal.runtime.messages import (
+    CloseVideo, DecodeBlock, Embeddings, EncodeText, JobError, OpenVideo, Ready, RunJob, Shutdown, Span, Spans,
+    VideoClosed, WorkerOptions,
+)  # fmt: skip
+from dualparal.runtime.worker import Uplink, call_hook, describe_error, run_worker
+
+log = logging.getLogger(__name__)
+
+
+def codec_main(connection: Connection, options: WorkerOptions, inbox: Queue[Any], outbox: Queue[Any]) -> None:
+    """Entry point of the codec's process: messages from rank 0 in `inbox`, embeddings back in `outbox`."""
+
+    def serve(uplink: Uplink) -> None:
+        started_s = time.monotonic()
+        torch.set_num_threads(options.threads)
+        checkpoint = Checkpoint(Path(options.folder))
+        text = TextEncoder(checkpoint, device=options.codec_device, dtype=DTYPES[options.dtype])
+        decoder = StreamingDecoder.load(checkpoint, device=options.codec_device)
+        parts = call_hook(options, rank=None, text=text, decoder=decoder, uplink=uplink)
+        uplink.send(Ready(uplink.name, {"load_s": time.monotonic() - started_s}))
+        Codec(parts["text"], parts["decoder"], uplink, inbox, outbox).serve()
+
+    run_worker("codec", connection, options, serve)
+
+
+class Codec:
+    """Serves rank 0's messages in order, prompts first."""
+
+    def __init__(
+        self, text: TextEncoder, decoder: StreamingDecoder, uplink: Uplink, inbox: Queue[Any], outbox: Queue[Any]
+    ) -> None:
+        self._text, self._decoder, self._uplink = text, decoder, uplink
+        self._inbox, self._outbox = inbox, outbox
+        self._waiting: deque[Any] = deque()
+        self._video: OpenedVideo | None = None
+
+    def serve(self) -> None:
+        """Until Shutdown."""
+        while True:
+            self._waiting.append(self._inbox.get()) if not self._waiting else None
+            self._take_prompts()
+            if not self._waiting:
+                continue
+            message = self._waiting.popleft()
+            match message:
+                case EncodeText():
+                    self._encode(message)
+                case OpenVideo():
+                    self._video = OpenedVideo(message, self._decoder, self._uplink)
+                case DecodeBlock() | CloseVideo():
+                    self._serve_video(message)
+                case Shutdown():
+                    return
+
+    def _take_prompts(self) -> None:
+        """Move what has arrived to the waiting line, encoding prompts at once."""
+        for message in [m for m in self._waiting if isinstance(m, EncodeText)]:
+            self._waiting.remove(message)
+            self._encode(message)
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(message, EncodeText):
+                self._encode(message)
+            else:
+                self._waiting.append(message)
+
+    def _encode(self, message: EncodeText) -> None:
+        started_s = time.monotonic()
+        arrays = tuple(self._text.encode(text).float().numpy() for text in message.texts)
+        ended_s = time.monotonic()
+        self._uplink.send(Spans(message.job_id, (Span("text", started_s, ended_s, 0, 0),)))
+        self._outbox.put(Embeddings(message.job_id, arrays, ended_s - started_s))
+
+    def _serve_video(self, message: DecodeBlock | CloseVideo) -> None:
+        video = self._video
+        assert video is not None and video.job.job_id == message.job_id, "a block of a video that is not open"
+        if video.has_failed:
+            return
+        try:
+            if isinstance(message, DecodeBlock):
+                video.add(message)
+            else:
+                self._uplink.send(video.close(message))
+        except (OSError, ValueError) as error:
+            # The job is lost, the codec is not: a full disk concerns this video only.
+            video.has_failed = True
+            kind, sentence = describe_error("the video writer", error)
+            kind = "OutputError" if isinstance(error, OSError) and not isinstance(error, OutputError) else kind
+            log.error("video of job %s failed", message.job_id, exc_info=True)
+            self._uplink.send(JobError(message.job_id, kind, sentence))
+
+
+class OpenedVideo:
+    """The video being decoded and written."""
+
+    def __init__(self, message: OpenVideo, decoder: StreamingDecoder, uplink: Uplink) -> None:
+        self.job: RunJob = message.job
+        self.has_failed = False
+        request = message.job.request
+        assert request.fps
+        self._decoder, self._uplink = decoder, uplink
+        self._writer = VideoWriter(
+            Path(message.job.folder), width=message.width, height=message.height, fps=request.fps,
+            export_images=message.job.export_images,
+        )  # fmt: skip
+        self._latents: list[np.ndarray] = []
+        self._num_frames = 0
+        self._decode_s = self._encode_s = 0.0
+        decoder.begin()
+
+    def add(self, message: DecodeBlock) -> None:
+        """Decode one block, write its segment, tell the front end."""
+        started_s = time.monotonic()
+        frames = to_uint8(self._decoder.decode(torch.from_numpy(message.latents))).numpy()
+        decoded_s = time.monotonic()
+        segment = self._writer.add_block(frames)
+        encoded_s = time.monotonic()
+        self._decode_s += decoded_s - started_s
+        self._encode_s += encoded_s - decoded_s
+        self._num_frames += segment.num_frames
+        if self.job.return_latents:
+            self._latents.append(message.latents)
+        spans = (
+            Span("decode", started_s, decoded_s, message.block, 0),
+            Span("encode", decoded_s, encoded_s, message.block, 0),
+        )
+        self._uplink.send(Spans(self.job.job_id, spans))
+        self._uplink.send(
+            BlockReady(
+                job_id=self.job.job_id, block=message.block, path=str(segment.path), first_frame=segment.first_frame,
+                num_frames=segment.num_frames, duration_s=segment.duration_s,
+            )
+        )  # fmt: skip
+
+    def close(self, message: CloseVideo) -> VideoClosed:
+        """Join the segments; the answer ends the job."""
+        started_s = time.monotonic()
+        path = self._writer.finish(self.job.request.to_json())
+        self._encode_s += time.monotonic() - started_s
+        return VideoClosed(
+            job_id=self.job.job_id,
+            is_cancelled=message.is_cancelled,
+            path=str(path) if path else None,
+            num_frames=self._num_frames,
+            timings={**message.timings, "decode_s": self._decode_s, "encode_s": self._encode_s},
+            latents=np.concatenate(self._latents, axis=2) if self._latents else None,
+        )

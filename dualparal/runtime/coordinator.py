@@ -1,0 +1,150 @@
+"""Rank 0: owns latents, noise and samplers, walks the schedule, hands finished blocks on.
+
+`Denoiser` runs one job over stage 0 and the ring; it knows nothing of queues and processes. At most `2 * ranks` block steps
+are under way at once: enough to keep every stage busy, few enough that finished blocks leave at once and buffers stay small.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dualparal.core.sampler import BlockSampler, SamplerFactory
+from dualparal.core.schedule import Item, Right, Schedule
+from dualparal.runtime.stage_worker import RunsItems, SpanLog
+from dualparal.runtime.transport import Links, pack
+
+
+class Denoiser:
+    """One job on rank 0. `run` returns True when all items were run, False when stopped."""
+
+    def __init__(
+        self,
+        stage: RunsItems,
+        links: Links,
+        schedule: Schedule,
+        samplers: SamplerFactory,
+        noise: Iterator[torch.Tensor],
+        *,
+        is_stopped: Callable[[], bool],
+        on_step: Callable[[Item], None],
+        on_block: Callable[[int, torch.Tensor], None],
+        spans: SpanLog,
+    ) -> None:
+        """`noise` yields each block's initial latents in order. `on_step` is told of every block step done, `on_block` gets
+        each finished block's latents [1, C, F, h, w] float32."""
+        self._stage, self._links, self._schedule = stage, links, schedule
+        self._new_sampler, self._noise = samplers.new, noise
+        self._device = samplers.timesteps.device
+        self._is_stopped, self._on_step, self._on_block, self._spans = is_stopped, on_step, on_block, spans
+        self._latents: dict[int, torch.Tensor] = {}  # of the blocks in flight
+        self._samplers: dict[int, BlockSampler] = {}
+        self._version: dict[int, int] = {}  # steps done by each block
+        # Tapes: what later items will see of a neighbour, by (block, version).
+        self._tails: dict[tuple[int, int], torch.Tensor] = {}
+        self._heads: dict[tuple[int, int], torch.Tensor] = {}
+        self._under_way: deque[Item] = deque()
+
+    def run(self) -> bool:
+        """Walk the schedule. Whatever happens, no posted receive is left unmatched."""
+        most = 2 * self._links.ranks
+        for item in self._schedule.items:
+            if self._is_stopped():
+                self._send_stop(item)
+                self._drain()
+                return False
+            if item.step == 0:
+                self._enter(item.block)
+            while self._version[item.block] < item.step or not self._has_context(item) or len(self._under_way) >= most:
+                self._take_prediction()
+            window = self._window(item)
+            with self._spans.working(item):
+                out = self._stage.run(item, window)
+            if self._links.outgoing is None:
+                self._apply(item, out)
+            else:
+                self._links.outgoing.send(pack(out))
+                self._expect(item)
+        self._drain()
+        return True
+
+    def _enter(self, block: int) -> None:
+        self._latents[block] = next(self._noise).to(self._device, torch.float32)
+        self._samplers[block] = self._new_sampler()
+        self._version[block] = 0
+        self._record(block)
+
+    def _has_context(self, item: Item) -> bool:
+        left = item.left_version is None or (item.block - 1, item.left_version) in self._tails
+        right = item.right_version is None or (item.block + 1, item.right_version) in self._heads
+        return left and right
+
+    def _window(self, item: Item) -> torch.Tensor:
+        """[left context | own | right latents] along time, float32."""
+        parts = [self._latents[item.block]]
+        if item.left_version is not None:
+            key = (item.block - 1, item.left_version)
+            parts.insert(0, self._tails[key])
+            if self._schedule.last_left_use[key] == item.index:
+                del self._tails[key]
+        if item.right is Right.LATENTS:
+            assert item.right_version is not None
+            key = (item.block + 1, item.right_version)
+            parts.append(self._heads[key])
+            if self._schedule.last_right_use[key] == item.index:
+                del self._heads[key]
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+    def _expect(self, item: Item) -> None:
+        assert self._links.incoming is not None
+        size = torch.Size(self._stage.prediction_shape(item)).numel()
+        self._links.incoming.post(size + 1, torch.float32)
+        self._under_way.append(item)
+
+    def _take_prediction(self) -> None:
+        assert self._links.incoming is not None
+        item = self._under_way.popleft()
+        message = self._links.incoming.take()
+        self._apply(item, message[:-1].view(self._stage.prediction_shape(item)))
+
+    def _drain(self) -> None:
+        while self._under_way:
+            self._take_prediction()
+        if self._links.outgoing is not None:
+            self._links.outgoing.flush()
+        self._spans.flush()
+
+    def _send_stop(self, item: Item) -> None:
+        """Every rank leaves at `item`: the message has the size it would have had, so that posted receives match."""
+        if self._links.outgoing is not None:
+            size = torch.Size(self._stage.hidden_shape(item)).numel()
+            nothing = torch.zeros(size, dtype=self._stage.dtype, device=self._device)
+            self._links.outgoing.send(pack(nothing, stop=True))
+
+    def _apply(self, item: Item, prediction: torch.Tensor) -> None:
+        """Step the block's own sampler; a finished block leaves."""
+        block = item.block
+        with torch.inference_mode():
+            self._latents[block] = self._samplers[block].step(prediction, self._latents[block])
+        self._version[block] = item.step + 1
+        self._record(block)
+        self._on_step(item)
+        if item.step + 1 == self._schedule.num_steps:
+            del self._samplers[block]
+            self._on_block(block, self._latents.pop(block))
+
+    def _record(self, block: int) -> None:
+        """Keep the ends of the block that later items will ask for at this version."""
+        plan, key = self._schedule.plan, (block, self._version[block])
+        if key in self._schedule.last_left_use:
+            self._tails[key] = self._latents[block][:, :, -min(plan.num_cat, plan.lengths[block]) :].clone()
+        if key in self._schedule.last_right_use:
+            self._heads[key] = self._latents[block][:, :, : plan.num_kept(block)].clone()
+
+
+def supplied_noise(blocks: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
+    """The caller's own initial latents, block by block."""
+    return itertools.chain(blocks)

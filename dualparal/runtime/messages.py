@@ -1,0 +1,193 @@
+"""Everything that crosses a process border inside one engine, besides the public events. Frozen, picklable, no torch types
+on the front end's side: arrays travel as numpy.
+
+    front end ─ RunJob, CancelJob, Shutdown ─► rank 0 ─ JobSpec (broadcast) ─► ranks 1 … N-1
+    rank 0 ─ EncodeText, OpenVideo, DecodeBlock, CloseVideo, Shutdown ─► codec ─ Embeddings ─► rank 0
+    every worker ─ Ready, Beat, Spans, WorkerError, ... and public events ─► front end
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dualparal.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from dualparal.model.stage import Conditions, JobShape
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How one worker is to run; the same object goes to all ranks and the codec of an engine.
+
+    `layers[r]` is rank r's range of layers, `devices[r]` its device. `worker_hook` ("module:function") is called in every
+    worker with its parts before it serves: tests and benchmarks put faults, delays and null models there.
+    """
+
+    folder: str
+    layers: tuple[range, ...]
+    devices: tuple[str, ...]
+    codec_device: str
+    dtype: str
+    threads: int
+    timeout_s: float
+    verbose: bool = False
+    worker_hook: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """Front end to rank 0: make this video. `request` is resolved; arrays are float32 numpy."""
+
+    job_id: str
+    request: GenerationRequest
+    folder: str
+    return_latents: bool = False
+    export_images: bool = False
+    latents: tuple[np.ndarray, ...] | None = None  # per block [1, C, F, h, w]
+    prompt_embeds: np.ndarray | None = None  # [1, L, text dim]
+    negative_prompt_embeds: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class CancelJob:
+    """Front end to rank 0: leave `job_id` at the next block step."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """No more work."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """Rank 0 to all ranks: what they need to walk the same schedule."""
+
+    job_id: str
+    policy: str
+    experts: tuple[int, ...]
+    shape: JobShape
+    conditions: list[Conditions]
+
+
+@dataclass(frozen=True)
+class EncodeText:
+    job_id: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Codec to rank 0: one [1, 512, text dim] float32 array per text, and the seconds it took."""
+
+    job_id: str
+    arrays: tuple[np.ndarray, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    job: RunJob
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class DecodeBlock:
+    job_id: str
+    block: int
+    latents: np.ndarray  # [1, C, F, h, w] float32
+
+
+@dataclass(frozen=True)
+class CloseVideo:
+    """The last block has been sent (or the job was stopped): join what there is."""
+
+    job_id: str
+    is_cancelled: bool
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has loaded its share. `about` is for logs and tests: parameter names, bytes, seconds."""
+
+    name: str
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StorePort:
+    """Rank 0 to the front end, front end to the other ranks: where the rendezvous store listens."""
+
+    port: int
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A worker is alive. Sent by a thread of its own about once a second."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stage (or the codec) worked from `start_s` to `end_s`, seconds of the host's monotonic clock, on a block step."""
+
+    stage: str
+    start_s: float
+    end_s: float
+    block: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Spans:
+    job_id: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Rank 0 has left the job (all steps done, or stopped) and can take the next; decoding may go on."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class VideoClosed:
+    """The codec has put the last byte of a job on disk. `latents` only when asked for."""
+
+    job_id: str
+    is_cancelled: bool
+    path: str | None
+    num_frames: int
+    timings: dict[str, float]
+    latents: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class JobError:
+    """A job cannot go on but the worker can (bad input, disk full)."""
+
+    job_id: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class WorkerError:
+    """A worker is about to end because of an error; the traceback is in its log."""
+
+    name: str
+    kind: str
+    message: str

@@ -1,0 +1,289 @@
+"""The process of one rank: join the ring, load the own layers, then coordinate (rank 0) or serve as a stage."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import queue
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dualparal.core.noise import coordinated_noise
+from dualparal.core.plan import BlockPlan
+from dualparal.core.sampler import SamplerFactory
+from dualparal.core.schedule import Item, make_schedule
+from dualparal.errors import DualParalError, RequestError, WorkerDied
+from dualparal.events import Progress, Started
+from dualparal.model.layout import Checkpoint
+from dualparal.model.stage import JobShape, Stage
+from dualparal.request import GenerationRequest, frames_of_latents
+from dualparal.runtime.coordinator import Denoiser
+from dualparal.runtime.messages import (
+    CancelJob, CloseVideo, DecodeBlock, Denoised, Embeddings, EncodeText, JobError, JobSpec, OpenVideo, Ready, RunJob,
+    Shutdown, Spans, StorePort, WorkerOptions,
+)  # fmt: skip
+from dualparal.runtime.stage_worker import SpanLog, serve_stage
+from dualparal.runtime.transport import IDLE_TIMEOUT, DistributedLinks, Links, SoloLinks
+from dualparal.runtime.worker import Uplink, call_hook, describe_error, run_worker
+
+log = logging.getLogger(__name__)
+PROGRESS_INTERVAL_S = 0.2
+
+
+def rank_main(
+    rank: int,
+    connection: Connection,
+    options: WorkerOptions,
+    requests: Queue[Any] | None,
+    to_codec: Queue[Any] | None,
+    from_codec: Queue[Any] | None,
+) -> None:
+    """Entry point of a rank's process; the queues are rank 0's."""
+
+    def serve(uplink: Uplink) -> None:
+        started_s = time.monotonic()
+        torch.set_num_threads(options.threads)
+        device = torch.device(options.devices[rank])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        links = join_ring(rank, options, uplink, device)
+        checkpoint = Checkpoint(Path(options.folder))
+        stage = Stage(checkpoint, options.layers[rank], dtype=options.dtype, device=options.devices[rank])
+        parts = call_hook(options, rank=rank, stage=stage, links=links, uplink=uplink)
+        stage, links = parts["stage"], parts["links"]
+        about = {
+            "parameters": [name for model in stage.models for name, _ in model.named_parameters()],
+            "weight_bytes": sum(p.numel() * p.element_size() for model in stage.models for p in model.parameters()),
+            "pid": os.getpid(),
+            "load_s": time.monotonic() - started_s,
+        }
+        uplink.send(Ready(uplink.name, about))
+        if rank:
+            serve_stage(stage, links, lambda job_id, spans: uplink.send(Spans(job_id, tuple(spans))))
+        else:
+            assert requests is not None and to_codec is not None and from_codec is not None
+            Coordinator(stage, links, checkpoint, uplink, requests, to_codec, from_codec, options).serve()
+
+    run_worker(f"rank {rank}", connection, options, serve)
+
+
+def join_ring(rank: int, options: WorkerOptions, uplink: Uplink, device: torch.device) -> Links:
+    """Meet the other ranks over a store on a free port of this host; rank 0 tells the front end which."""
+    if options.ranks == 1:
+        return SoloLinks()
+    # gloo would look up the host's name, which need not resolve; all ranks are on this host.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = datetime.timedelta(seconds=options.timeout_s)
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, options.ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+        uplink.send(StorePort(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", uplink.receive().port, options.ranks, is_master=False, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks, timeout=IDLE_TIMEOUT)
+    return DistributedLinks(rank, options.ranks, device=device, timeout_s=options.timeout_s)
+
+
+class Coordinator:
+    """Rank 0's loop: one request at a time from the front end's queue."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        links: Links,
+        checkpoint: Checkpoint,
+        uplink: Uplink,
+        requests: Queue[Any],
+        to_codec: Queue[Any],
+        from_codec: Queue[Any],
+        options: WorkerOptions,
+    ) -> None:
+        self._stage, self._links, self._checkpoint, self._uplink = stage, links, checkpoint, uplink
+        self._requests, self._to_codec, self._from_codec = requests, to_codec, from_codec
+        self._timeout_s = options.timeout_s
+        self._vae_config = checkpoint.config("vae")
+        self._waiting: list[RunJob | Shutdown] = []
+        self._cancelled: set[str] = set()
+
+    def serve(self) -> None:
+        """Until Shutdown: take a job, run it, tell the front end."""
+        while True:
+            while not self._waiting:
+                self._take(self._requests.get())
+            message = self._waiting.pop(0)
+            if isinstance(message, Shutdown):
+                self._links.broadcast(None) if self._links.ranks > 1 else None
+                self._to_codec.put(message)
+                self._to_codec.close()
+                self._to_codec.join_thread()
+                return
+            try:
+                self._run(message)
+            except DualParalError as error:
+                if isinstance(error, WorkerDied):
+                    raise
+                self._uplink.send(JobError(message.job_id, *describe_error("rank 0", error)))
+            self._uplink.send(Denoised(message.job_id))
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, CancelJob):
+            self._cancelled.add(message.job_id)
+        else:
+            assert isinstance(message, RunJob | Shutdown)
+            self._waiting.append(message)
+
+    def _is_stopped(self, job_id: str) -> bool:
+        while not self._requests.empty():
+            self._take(self._requests.get())
+        return job_id in self._cancelled or any(isinstance(message, Shutdown) for message in self._waiting)
+
+    def _run(self, job: RunJob) -> None:
+        request = job.request
+        assert request.latents_num and request.num_per_block and request.num_cat is not None and request.flow_shift
+        assert request.num_inference_steps and request.schedule and request.guidance_scale is not None
+        assert request.guidance_scale_2 is not None and request.seed is not None
+        plan = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat)
+        num_items = plan.num_blocks * request.num_inference_steps
+        self._uplink.send(
+            Started(job_id=job.job_id, num_blocks=plan.num_blocks, num_items=num_items,
+                    num_frames=frames_of_latents(plan.latents_num))
+        )  # fmt: skip
+        timings: dict[str, float] = {}
+        height, width = self._latent_size(request)
+        noise = self._noise(job, plan, height, width)
+        texts = self._texts(job, timings)
+        self._to_codec.put(OpenVideo(job, *_px(request)))
+        finished = False
+        if texts is not None:
+            started_s = time.monotonic()
+            samplers = SamplerFactory(
+                self._checkpoint.config("scheduler"), num_steps=request.num_inference_steps,
+                flow_shift=request.flow_shift, device=self._stage.device,
+            )  # fmt: skip
+            spec = JobSpec(
+                job.job_id,
+                request.schedule,
+                samplers.experts(request.boundary_ratio),
+                JobShape(plan, height, width, len(texts[0]), (request.guidance_scale, request.guidance_scale_2),
+                         (0,) * plan.num_blocks),
+                self._stage.embed_conditions(samplers.timesteps, texts),
+            )  # fmt: skip
+            self._links.broadcast(spec)
+            self._stage.begin(spec.shape, spec.conditions)
+            progress = ProgressReport(job.job_id, plan, request.num_inference_steps, self._uplink)
+            finished = Denoiser(
+                self._stage, self._links, make_schedule(spec.policy, plan, spec.experts), samplers, noise,
+                is_stopped=lambda: self._is_stopped(job.job_id),
+                on_step=progress.step,
+                on_block=lambda block, latents: self._to_codec.put(
+                    DecodeBlock(job.job_id, block, latents.cpu().numpy())
+                ),
+                spans=SpanLog("stage 0", lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
+            ).run()  # fmt: skip
+            self._stage.end()
+            timings["denoise_s"] = time.monotonic() - started_s
+        self._to_codec.put(CloseVideo(job.job_id, not finished, timings))
+
+    def _latent_size(self, request: GenerationRequest) -> tuple[int, int]:
+        scale = int(self._vae_config.get("scale_factor_spatial") or 8)
+        height, width = _px(request)
+        for name, size, patch in (("height", height, self._stage.patch_size[1]), ("width", width, self._stage.patch_size[2])):
+            if size % (scale * patch):
+                raise RequestError(f"{name}={size} does not fit this model; use a multiple of {scale * patch}", name)
+        return height // scale, width // scale
+
+    def _noise(self, job: RunJob, plan: BlockPlan, height: int, width: int) -> Iterator[torch.Tensor]:
+        channels = self._stage.channels
+        if job.latents is not None:
+            shapes = [(1, channels, length, height, width) for length in plan.lengths]
+            given = [array.shape for array in job.latents]
+            if given != shapes:
+                raise RequestError(f"latents have shapes {given}; this request needs {shapes}", "latents")
+            return (torch.from_numpy(array) for array in job.latents)
+        if max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks)) > self._stage.max_frames:
+            raise RequestError(f"num_per_block is too large: the model takes {self._stage.max_frames} latents at once",
+                               "num_per_block")  # fmt: skip
+        assert job.request.seed is not None and job.request.num_per_block is not None
+        return coordinated_noise(
+            plan, job.request.num_per_block, job.request.seed, channels=channels, height=height, width=width
+        )
+
+    def _texts(self, job: RunJob, timings: dict[str, float]) -> list[list[torch.Tensor]] | None:
+        """The text's guidance halves, from the caller or the codec; None when the job is stopped meanwhile."""
+        request = job.request
+        assert request.guidance_scale is not None and request.negative_prompt is not None
+        prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
+        halves: list[np.ndarray | None] = [job.prompt_embeds, job.negative_prompt_embeds][: len(prompts)]
+        missing = [i for i, half in enumerate(halves) if half is None]
+        if missing:
+            self._to_codec.put(EncodeText(job.job_id, tuple(prompts[i] for i in missing)))
+            answer = self._await_embeddings(job.job_id)
+            timings["text_s"] = answer.seconds
+            for i, array in zip(missing, answer.arrays, strict=True):
+                halves[i] = array
+        text_dim = int(self._checkpoint.config("transformer").get("text_dim", 4096))
+        for half in halves:
+            assert half is not None
+            if half.ndim != 3 or half.shape[0] != 1 or half.shape[2] != text_dim:
+                raise RequestError(f"prompt_embeds have shape {list(half.shape)}; they must be [1, tokens, {text_dim}]",
+                                   "prompt_embeds")  # fmt: skip
+        if self._is_stopped(job.job_id):
+            return None
+        return [[torch.from_numpy(half) for half in halves if half is not None]]
+
+    def _await_embeddings(self, job_id: str) -> Embeddings:
+        deadline_s = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline_s:
+            try:
+                answer: Embeddings = self._from_codec.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            if answer.job_id == job_id:
+                return answer
+        raise WorkerDied(f"the codec did not encode the prompt within {self._timeout_s:.0f} s")
+
+
+class ProgressReport:
+    """Counts block steps and tells the front end a few times a second."""
+
+    def __init__(self, job_id: str, plan: BlockPlan, num_steps: int, uplink: Uplink) -> None:
+        self._job_id, self._num_steps, self._uplink = job_id, num_steps, uplink
+        self._steps = [0] * plan.num_blocks
+        self._sizes = [plan.num_left(b) + plan.lengths[b] for b in range(plan.num_blocks)]
+        self._total = sum(self._sizes) * num_steps  # latent frames to be run, a fair measure of work
+        self._done = 0
+        self._started_s = time.monotonic()
+        self._sent_s = 0.0
+
+    def step(self, item: Item) -> None:
+        self._steps[item.block] = item.step + 1
+        self._done += self._sizes[item.block]
+        now_s = time.monotonic()
+        is_last = self._done == self._total
+        if now_s - self._sent_s < PROGRESS_INTERVAL_S and not is_last and item.step + 1 < self._num_steps:
+            return
+        self._sent_s = now_s
+        rate = self._done / max(now_s - self._started_s, 1e-6)
+        self._uplink.send(
+            Progress(
+                job_id=self._job_id,
+                items_done=sum(self._steps),
+                num_items=len(self._steps) * self._num_steps,
+                num_steps=self._num_steps,
+                block_steps=tuple(self._steps),
+                eta_s=(self._total - self._done) / rate,
+            )
+        )
+
+
+def _px(request: GenerationRequest) -> tuple[int, int]:
+    assert request.height and request.width
+    return request.height, request.width

@@ -1,0 +1,106 @@
+"""Ranks 1 … N-1: walk the schedule that rank 0 announced, one block step after another.
+
+The loop takes an item's activations, posts the receive of the next item, computes, and sends on. It knows no request and no
+sampler; the schedule says what to expect.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from dualparal.core.schedule import Item, Schedule, make_schedule
+from dualparal.model.stage import Conditions, JobShape
+from dualparal.runtime.messages import JobSpec, Span
+from dualparal.runtime.transport import Links, pack, unpack
+
+
+class RunsItems(Protocol):
+    """What the runtime asks of a stage; `dualparal.model.stage.Stage` says what each does."""
+
+    is_last: bool
+    dtype: torch.dtype
+
+    def begin(self, shape: JobShape, conditions: list[Conditions]) -> None: ...
+    def end(self) -> None: ...
+    def hidden_shape(self, item: Item) -> tuple[int, int, int]: ...
+    def prediction_shape(self, item: Item) -> tuple[int, int, int, int, int]: ...
+    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor: ...
+
+
+def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span]], None]) -> None:
+    """Run announced jobs until rank 0 announces None. `report(job_id, spans)` takes what was worked, about once a second."""
+    while True:
+        spec: JobSpec | None = links.broadcast(None)
+        if spec is None:
+            return
+        schedule = make_schedule(spec.policy, spec.shape.plan, spec.experts)
+        stage.begin(spec.shape, spec.conditions)
+        run_stage(stage, links, schedule, SpanLog(f"stage {links.rank}", lambda spans: report(spec.job_id, spans)))
+        stage.end()
+
+
+def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog) -> None:
+    """One job on a rank other than 0; returns after the last item, or at the item where rank 0 stopped."""
+    incoming, outgoing = links.incoming, links.outgoing
+    assert incoming is not None and outgoing is not None
+    items = schedule.items
+
+    def post(index: int) -> None:
+        if index < len(items):
+            batch, tokens, dim = stage.hidden_shape(items[index])
+            incoming.post(batch * tokens * dim + 1, stage.dtype)
+
+    post(0)
+    for item in items:
+        message = incoming.take()
+        hidden = unpack(message, stage.hidden_shape(item))
+        if hidden is None:
+            if not stage.is_last:
+                outgoing.send(message)
+            break
+        post(item.index + 1)
+        with spans.working(item):
+            out = stage.run(item, hidden)
+        outgoing.send(pack(out))
+    outgoing.flush()
+    spans.flush()
+
+
+class SpanLog:
+    """Collects when a stage worked on what, and hands it on about once a second."""
+
+    def __init__(self, stage: str, report: Callable[[list[Span]], None], interval_s: float = 1.0) -> None:
+        self._stage, self._report, self._interval_s = stage, report, interval_s
+        self._spans: list[Span] = []
+        self._reported_s = time.monotonic()
+
+    def working(self, item: Item) -> _Working:
+        """Context manager around the work for `item`."""
+        return _Working(self, item)
+
+    def add(self, start_s: float, end_s: float, block: int, step: int) -> None:
+        self._spans.append(Span(self._stage, start_s, end_s, block, step))
+        if end_s - self._reported_s >= self._interval_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what is left."""
+        if self._spans:
+            self._report(self._spans)
+            self._spans = []
+        self._reported_s = time.monotonic()
+
+
+class _Working:
+    def __init__(self, spans: SpanLog, item: Item) -> None:
+        self._spans, self._item = spans, item
+
+    def __enter__(self) -> None:
+        self._start_s = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._spans.add(self._start_s, time.monotonic(), self._item.block, self._item.step)

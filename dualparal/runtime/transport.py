@@ -1,0 +1,161 @@
+"""How ranks talk: a ring of directed edges for activations, and a control group for job announcements.
+
+Rank r sends to r + 1, the last rank sends predictions back to rank 0. A rank posts the receive of its next item before it
+computes the present one; sends are asynchronous and their handles and tensors are kept until done (gloo loses the message
+otherwise). Each message ends with one element that says whether to stop, so that Stop travels with the block step it ends.
+
+Nothing here is polled and nothing depends on who comes first: order is the schedule's.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dualparal.errors import WorkerDied
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+IDLE_TIMEOUT = datetime.timedelta(days=3650)  # an idle server must never trip a watchdog
+
+
+class Edge(Protocol):
+    """One directed connection of the ring, seen from one end."""
+
+    def send(self, message: torch.Tensor) -> None:
+        """Start sending `message` (flat); the edge keeps it alive. The caller must not change it afterwards."""
+
+    def post(self, num_elements: int, dtype: torch.dtype) -> None:
+        """Start receiving the next message, which will have `num_elements`."""
+
+    def take(self) -> torch.Tensor:
+        """Wait for the oldest posted message; raises `WorkerDied` when the peer is gone or the deadline has passed."""
+
+    def flush(self) -> None:
+        """Wait until everything sent has been taken."""
+
+
+class Links(Protocol):
+    """A rank's place in the ring. `incoming` and `outgoing` are None on a ring of one."""
+
+    rank: int
+    ranks: int
+    incoming: Edge | None
+    outgoing: Edge | None
+
+    def broadcast(self, message: T | None) -> T:
+        """Rank 0's `message`, on every rank; waits without a deadline while the engine is idle."""
+
+
+def pack(tensor: torch.Tensor, *, stop: bool = False) -> torch.Tensor:
+    """A flat message: the elements of `tensor`, then 1 for stop or 0 for go."""
+    message = tensor.new_empty(tensor.numel() + 1)
+    message[:-1] = tensor.reshape(-1)
+    message[-1] = float(stop)
+    return message
+
+
+def unpack(message: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The tensor in `message`, or None when it says stop."""
+    return None if bool(message[-1]) else message[:-1].view(shape)
+
+
+class DistributedEdge:
+    """An edge over torch.distributed point-to-point messages on a process group of its own."""
+
+    def __init__(self, peer: int, group: Any, device: torch.device, timeout_s: float) -> None:
+        self._peer, self._group, self._device = peer, group, device
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
+        self._posted: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def send(self, message: torch.Tensor) -> None:
+        self._sent.append((self._guard(lambda: dist.isend(message, self._peer, group=self._group)), message))
+        while len(self._sent) > 1 and self._sent[0][0].is_completed():
+            self._sent.popleft()
+        while len(self._sent) > 64:  # far beyond what a healthy ring has under way
+            self._wait(self._sent.popleft()[0])
+
+    def post(self, num_elements: int, dtype: torch.dtype) -> None:
+        buffer = torch.empty(num_elements, dtype=dtype, device=self._device)
+        self._posted.append((self._guard(lambda: dist.irecv(buffer, self._peer, group=self._group)), buffer))
+
+    def take(self) -> torch.Tensor:
+        handle, buffer = self._posted.popleft()
+        self._wait(handle)
+        return buffer
+
+    def flush(self) -> None:
+        while self._sent:
+            self._wait(self._sent.popleft()[0])
+
+    def _wait(self, handle: Any) -> None:
+        self._guard(lambda: handle.wait(self._timeout))
+
+    def _guard(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except RuntimeError as error:
+            log.info("message with rank %d failed: %s", self._peer, error)
+            raise WorkerDied(f"rank {self._peer} is gone or did not answer in {self._timeout.total_seconds():.0f} s") from error
+
+
+class DistributedLinks:
+    """The ring over torch.distributed: one group per directed edge (NCCL serialises each communicator), and a gloo control
+    group over all ranks."""
+
+    def __init__(self, rank: int, ranks: int, *, device: torch.device, timeout_s: float) -> None:
+        """`torch.distributed` must be initialised; a collective call: all ranks make it."""
+        self.rank, self.ranks = rank, ranks
+        self.incoming: Edge | None = None
+        self.outgoing: Edge | None = None
+        self._control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        for source in range(ranks):
+            target = (source + 1) % ranks
+            group = dist.new_group([source, target], backend=backend, timeout=timeout)
+            if rank == source:
+                self.outgoing = DistributedEdge(target, group, device, timeout_s)
+            if rank == target:
+                self.incoming = DistributedEdge(source, group, device, timeout_s)
+        if backend == "nccl":
+            self._warm_up(device)
+
+    def _warm_up(self, device: torch.device) -> None:
+        """NCCL connects on first use, with both ends waiting: do it in ring order, once, before any early receive."""
+        for source in range(self.ranks):
+            if self.rank == source and self.outgoing:
+                self.outgoing.send(torch.zeros(1, device=device))
+                self.outgoing.flush()
+            if self.rank == (source + 1) % self.ranks and self.incoming:
+                self.incoming.post(1, torch.float32)
+                self.incoming.take()
+        torch.cuda.synchronize(device)
+
+    def broadcast(self, message: T | None) -> T:
+        box = [message]
+        try:
+            dist.broadcast_object_list(box, src=0, group=self._control)
+        except RuntimeError as error:
+            raise WorkerDied("rank 0 is gone") from error
+        assert self.rank or box[0] is message
+        return box[0]  # type: ignore[return-value]
+
+
+class SoloLinks:
+    """A ring of one rank: nothing to send."""
+
+    rank, ranks = 0, 1
+    incoming: Edge | None = None
+    outgoing: Edge | None = None
+
+    def broadcast(self, message: T | None) -> T:
+        assert message is not None
+        return message

@@ -1,0 +1,107 @@
+"""What every worker process has in common: its line to the front end, a heartbeat, and a decent end.
+
+A worker ends at once when the front end dies, ignores Ctrl-C (the front end decides), and reports the error that ends it as
+one sentence; the traceback goes to its log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from dualparal.errors import DualParalError
+from dualparal.runtime.messages import Beat, WorkerError, WorkerOptions
+
+log = logging.getLogger(__name__)
+BEAT_INTERVAL_S = 1.0
+
+
+class Uplink:
+    """A worker's connection to the front end; any thread may send."""
+
+    def __init__(self, name: str, connection: Connection) -> None:
+        self.name = name
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: object) -> None:
+        """Hand one message to the front end; without one there is nothing left to do."""
+        try:
+            with self._lock:
+                self._connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(1)
+
+    def receive(self) -> Any:
+        """Wait for a message from the front end (only used while starting)."""
+        return self._connection.recv()
+
+
+def run_worker(name: str, connection: Connection, options: WorkerOptions, serve: Callable[[Uplink], None]) -> None:
+    """Run `serve` as the body of this process. Never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING,
+        format=f"%(asctime)s %(levelname)s [{name}] %(name)s: %(message)s", stream=sys.stderr,
+    )  # fmt: skip
+    uplink = Uplink(name, connection)
+    threading.Thread(target=_watch_front_end, daemon=True, name="watch").start()
+    threading.Thread(target=_beat, args=(uplink,), daemon=True, name="beat").start()
+    try:
+        serve(uplink)
+    except BaseException as error:
+        log.error("%s ends", name, exc_info=True)
+        uplink.send(WorkerError(name, *describe_error(name, error)))
+        _leave(1)
+    _leave(0)
+
+
+def describe_error(name: str, error: BaseException) -> tuple[str, str]:
+    """(class name in `dualparal.errors`, one sentence) for whatever ended a worker or a job."""
+    if isinstance(error, DualParalError):
+        return type(error).__name__, str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "OutOfMemory", (
+            f"{name} ran out of memory; use more ranks, a smaller picture, or smaller num_per_block and num_cat"
+        )
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "WorkerFailed", f"{name} failed: {type(error).__name__}: {first[:300]}"
+
+
+def call_hook(options: WorkerOptions, **parts: Any) -> dict[str, Any]:
+    """Let tests and benchmarks replace parts of a worker; returns the parts to use."""
+    if options.worker_hook is None:
+        return parts
+    module, _, function = options.worker_hook.partition(":")
+    replaced: dict[str, Any] = getattr(importlib.import_module(module), function)(**parts) or {}
+    return {**parts, **replaced}
+
+
+def _watch_front_end() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _beat(uplink: Uplink) -> None:
+    pause = threading.Event()
+    while not pause.wait(BEAT_INTERVAL_S):
+        uplink.send(Beat(uplink.name))
+
+
+def _leave(code: int) -> None:
+    """End without interpreter teardown: torch and gloo threads may hang or crash in it after a peer's death."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,148 @@
+"""A ring of threads in one process: the runtime's loops over real stages without any process, with messages delayed at will."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualparal.core.noise import coordinated_noise
+from dualparal.core.plan import BlockPlan
+from dualparal.core.sampler import SamplerFactory
+from dualparal.core.schedule import make_schedule
+from dualparal.model.layout import Checkpoint, split_layers
+from dualparal.model.stage import JobShape, Stage
+from dualparal.runtime.coordinator import Denoiser
+from dualparal.runtime.stage_worker import SpanLog, run_stage
+
+DEADLINE_S = 120
+
+
+class LocalEdge:
+    """One end of a queue; checks the size that was posted against what arrives."""
+
+    def __init__(self, channel: queue.Queue[torch.Tensor], delays: random.Random | None) -> None:
+        self._channel, self._delays, self._posted = channel, delays, deque[int]()
+
+    def _sleep(self) -> None:
+        if self._delays:
+            time.sleep(self._delays.random() * 0.004)
+
+    def send(self, message: torch.Tensor) -> None:
+        self._sleep()
+        self._channel.put(message.clone())
+
+    def post(self, num_elements: int, dtype: torch.dtype) -> None:
+        self._posted.append(num_elements)
+
+    def take(self) -> torch.Tensor:
+        self._sleep()
+        message = self._channel.get(timeout=DEADLINE_S)
+        assert message.numel() == self._posted.popleft(), "a message met a receive of another size"
+        return message
+
+    def flush(self) -> None:
+        pass
+
+
+class LocalLinks:
+    def __init__(self, rank: int, ranks: int, channels: list[queue.Queue[torch.Tensor]], delays: random.Random | None) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.outgoing = LocalEdge(channels[rank], delays) if ranks > 1 else None
+        self.incoming = LocalEdge(channels[rank - 1], delays) if ranks > 1 else None
+
+    def broadcast(self, message: Any) -> Any:
+        raise NotImplementedError
+
+
+_stages: dict[tuple[Any, ...], Stage] = {}
+
+
+def stages_of(checkpoint: Checkpoint, ranks: int, layer_split: Sequence[int] | None, dtype: str) -> list[Stage]:
+    """Stages are kept: many tests share a checkpoint and a split."""
+    found = []
+    for layers in split_layers(checkpoint.num_layers, ranks, layer_split):
+        key = (checkpoint.folder, layers, dtype)
+        if key not in _stages:
+            _stages[key] = Stage(checkpoint, layers, dtype=dtype, device="cpu")
+        found.append(_stages[key])
+    return found
+
+
+def denoise_in_threads(
+    folder: Path,
+    *,
+    latents_num: int,
+    num_per_block: int,
+    num_cat: int,
+    steps: int,
+    texts: Sequence[Sequence[torch.Tensor]],
+    text_of_block: Sequence[int] | None = None,
+    guidance: tuple[float, float] = (5.0, 5.0),
+    boundary_ratio: float | None = None,
+    flow_shift: float = 3.0,
+    seed: int = 0,
+    size: tuple[int, int] = (4, 4),
+    ranks: int = 1,
+    layer_split: Sequence[int] | None = None,
+    delay_seed: int | None = None,
+    stop_after: int | None = None,
+    noise: Sequence[torch.Tensor] | None = None,
+    policy: str = "paper",
+    dtype: str = "float32",
+) -> dict[int, torch.Tensor]:
+    """Latents of each finished block. `texts[i]`: guidance halves of text i; `stop_after` items the job is stopped."""
+    checkpoint = Checkpoint(folder)
+    stages = stages_of(checkpoint, ranks, layer_split, dtype)
+    plan = BlockPlan.of(latents_num, num_per_block, num_cat)
+    samplers = SamplerFactory(checkpoint.config("scheduler"), num_steps=steps, flow_shift=flow_shift, device="cpu")
+    experts = samplers.experts(boundary_ratio)
+    schedule = make_schedule(policy, plan, experts)
+    shape = JobShape(plan, *size, len(texts[0]), guidance, tuple(text_of_block or (0,) * plan.num_blocks))
+    conditions = stages[0].embed_conditions(samplers.timesteps, texts)
+    channels: list[queue.Queue[torch.Tensor]] = [queue.Queue() for _ in range(ranks)]
+    delays = random.Random(delay_seed) if delay_seed is not None else None
+    links = [LocalLinks(rank, ranks, channels, delays) for rank in range(ranks)]
+    for stage in stages:
+        stage.begin(shape, conditions)
+    blocks: dict[int, torch.Tensor] = {}
+    done: list[Any] = []
+    if noise is None:
+        noise = list(
+            coordinated_noise(plan, num_per_block, seed, channels=stages[0].channels, height=size[0], width=size[1])
+        )
+    launched = iter(range(10**9))
+    denoiser = Denoiser(
+        stages[0], links[0], schedule, samplers, iter(noise),
+        is_stopped=lambda: stop_after is not None and next(launched) >= stop_after,
+        on_step=done.append, on_block=lambda b, x: blocks.update({b: x}), spans=SpanLog("stage 0", lambda _: None),
+    )  # fmt: skip
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            run_stage(stages[rank], links[rank], schedule, SpanLog(f"stage {rank}", lambda _: None))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(1, ranks)]
+    for thread in threads:
+        thread.start()
+    finished = denoiser.run()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert not errors, errors
+    assert not any(thread.is_alive() for thread in threads)
+    assert all(channel.empty() for channel in channels), "a message was sent that nobody expected"
+    assert finished == (stop_after is None or stop_after >= len(schedule.items))
+    assert not denoiser._tails and not denoiser._heads or not finished, "context was kept that nobody asked for"
+    for stage in stages:
+        stage.end()
+    return blocks
