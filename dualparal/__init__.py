@@ -1,7 +1,7 @@
 """Minute-long videos with Wan on several GPUs: block-wise denoising over a pipeline of stages.
 
-    with Engine("pocket", ranks=2) as engine:
-        print(engine.submit(GenerationRequest(prompt="a red circle bouncing on a navy background")).result().path)
+with Engine("pocket", ranks=2) as engine:
+    print(engine.submit(GenerationRequest(prompt="a red circle bouncing on a navy background")).result().path)
 """
 
 from __future__ import annotations
@@ -28,9 +28,18 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from dualparal.errors import (
-        CheckpointError, DualParalError, EngineError, JobCancelled, OutOfMemory, OutputError, PresetError, QueueFull,
-        RequestError, WorkerDied, WorkerFailed,
-    )  # fmt: skip
+        CheckpointError,
+        DualParalError,
+        EngineError,
+        JobCancelled,
+        OutOfMemory,
+        OutputError,
+        PresetError,
+        QueueFull,
+        RequestError,
+        WorkerDied,
+        WorkerFailed,
+    )
     from dualparal.events import BlockReady, Cancelled, Event, Failed, Finished, Progress, Queued, Started
     from dualparal.request import GenerationRequest
     from dualparal.runtime.engine import Engine

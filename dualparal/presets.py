@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,21 +17,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dualparal.errors import PresetError, RequestError
-from dualparal.request import GenerationRequest, ScheduleName, frames_of_latents
+from dualparal.request import GenerationRequest, ScheduleName, frames_of_latents, shown
 
 PACKAGE = Path(__file__).resolve().parent
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 OWN_FOLDERS = (PACKAGE.parent / "presets", PACKAGE / "presets")  # source tree, installed wheel
 
 
 class Limits(BaseModel):
     """The largest values a request may ask of a preset."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    seconds: float = Field(300.0, gt=0, description="longest video in seconds")
-    num_inference_steps: int = Field(200, ge=1, description="most denoising steps")
-    num_per_block: int = Field(64, ge=1, description="longest block in latent frames")
-    pixels: int = Field(8192 * 8192, ge=256, description="largest picture, height x width")
+    seconds: float = Field(default=300.0, gt=0, description="longest video in seconds")
+    num_inference_steps: int = Field(default=200, ge=1, description="most denoising steps")
+    num_per_block: int = Field(default=64, ge=1, description="longest block in latent frames")
+    pixels: int = Field(default=8192 * 8192, ge=256, description="largest picture, height x width")
 
     def check(self, request: GenerationRequest) -> None:
         """Raise `RequestError` if the resolved `request` asks for more than these limits."""
@@ -59,19 +61,19 @@ class Limits(BaseModel):
 class Preset(BaseModel):
     """Defaults for one model at one resolution. The field names are those of `GenerationRequest`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = Field("custom", description="file name without .toml")
-    title: str = Field("Custom checkpoint", description="what the page shows")
-    model: str = Field("", description="hub id, folder, or 'pocket'")
-    revision: str | None = Field(None, description="commit of the hub repository")
-    hardware: str = Field("", description="one line on the hardware needed")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the DiT")
-    seconds: float = Field(5.0, gt=0)
-    height: int = Field(480, ge=16)
-    width: int = Field(832, ge=16)
-    fps: int = Field(16, ge=1)
-    num_inference_steps: int = Field(50, ge=1)
+    name: str = Field(default="custom", description="file name without .toml")
+    title: str = Field(default="Custom checkpoint", description="what the page shows")
+    model: str = Field(default="", description="hub id, folder, or 'pocket'")
+    revision: str | None = Field(default=None, description="commit of the hub repository")
+    hardware: str = Field(default="", description="one line on the hardware needed")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the DiT")
+    seconds: float = Field(default=5.0, gt=0)
+    height: int = Field(default=480, ge=16)
+    width: int = Field(default=832, ge=16)
+    fps: int = Field(default=16, ge=1)
+    num_inference_steps: int = Field(default=50, ge=1)
     guidance_scale: float = 5.0
     guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
@@ -94,8 +96,14 @@ def load_preset(path: Path) -> Preset:
 
 
 def _checked(name: str, values: dict[str, Any], where: str) -> Preset:
+    if "name" in values:
+        raise PresetError(f"{where}: unknown key 'name'; a preset is named by its file, rename that")
     try:
-        return Preset(**{"name": name, **values})
+        preset = Preset(name=name, **values)
+        _check_usable(preset)
+        return preset
+    except RequestError as error:
+        raise PresetError(f"{where}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -103,7 +111,16 @@ def _checked(name: str, values: dict[str, Any], where: str) -> Preset:
             valid = Limits.model_fields if key.startswith("limits.") else Preset.model_fields
             near = difflib.get_close_matches(key.split(".")[-1], list(valid), n=1, cutoff=0.0)
             raise PresetError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?") from None
-        raise PresetError(f"{where}: {key}={first['input']!r}: {first['msg']}") from None
+        raise PresetError(f"{where}: {key}={shown(first['input'])}: {first['msg']}") from None
+
+
+def _check_usable(preset: Preset) -> None:
+    """A preset's own values and examples must make valid requests within its own limits."""
+    num_experts = 1 if preset.boundary_ratio is None else 2
+    for prompt in preset.examples or ("",):
+        GenerationRequest(prompt=prompt).resolve(preset, num_experts=num_experts)
+    if preset.num_cat > preset.num_per_block:  # `resolve` takes the smaller one
+        raise RequestError(f"num_cat={preset.num_cat} is more than num_per_block={preset.num_per_block}", "num_cat")
 
 
 def preset_folders(extra: Path | None = None) -> Iterator[Path]:
@@ -123,15 +140,15 @@ def load_presets(extra: Path | None = None) -> dict[str, Preset]:
 
 
 def find_preset(model: str, presets: dict[str, Preset] | None = None) -> Preset:
-    """The preset named `model`, or the first one for the hub id or folder `model`, or plain defaults for a custom checkpoint."""
+    """The preset named `model`, or the first one for the hub id or folder `model`, or plain defaults."""
     presets = load_presets() if presets is None else presets
     if model in presets:
         return presets[model]
     for preset in presets.values():
         if preset.model == model:
             return preset
-    if not Path(model).is_dir() and "/" not in model:
-        near = difflib.get_close_matches(model, list(presets), n=1, cutoff=0.0)
+    if not os.path.isdir(model) and not HUB_ID.fullmatch(model):
+        near = difflib.get_close_matches(model[:100], list(presets), n=1, cutoff=0.0)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise PresetError(f"'{model}' is neither a preset, a folder nor a hub id (owner/name){hint}")
+        raise PresetError(f"{shown(model)} is neither a preset, a folder nor a hub id (owner/name){hint}")
     return Preset(model=model)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TEMPORAL_FACTOR = 4  # frames folded into one latent frame by the Wan VAE (the first latent holds one frame)
 MAX_PROMPT_CHARS = 4000
+MAX_LATENTS = 100_000
 MAX_SEED = 2**63 - 1
 SCHEDULES = ("paper",)
 
@@ -46,9 +47,9 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    prompt: str = Field(description="what the video shows")
-    negative_prompt: str | None = Field(None, description="what it must not show; used when guidance_scale > 1")
-    latents_num: int | None = Field(None, ge=1, le=100_000, description="length in latent frames")
+    prompt: str = Field(strict=True, description="what the video shows")
+    negative_prompt: str | None = Field(None, strict=True, description="what it must not show; used when guidance_scale > 1")
+    latents_num: int | None = Field(None, ge=1, le=MAX_LATENTS, description="length in latent frames")
     num_frames: int | None = Field(None, ge=1, le=400_000, description="length in video frames, 4k + 1")
     seconds: float | None = Field(None, gt=0, le=25_000, description="length in seconds")
     height: int | None = Field(None, ge=16, le=8192, description="picture height in pixels, a multiple of 16")
@@ -87,8 +88,9 @@ class GenerationRequest(BaseModel):
             return None
         if len(text) > MAX_PROMPT_CHARS:
             raise ValueError(f"{len(text)} characters are too many; the limit is {MAX_PROMPT_CHARS}, shorten it")
-        # Lone surrogates cannot be encoded, control characters break logs and players.
-        text.encode("utf-8")
+        if any("\ud800" <= ch <= "\udfff" for ch in text):
+            raise ValueError("half a surrogate pair is not a character; type or paste the text again")
+        # Control characters break logs and players.
         return "".join(ch for ch in text if ch in "\n\t" or (ord(ch) >= 32 and ord(ch) != 127))
 
     @field_validator("height", "width")
@@ -128,6 +130,13 @@ class GenerationRequest(BaseModel):
             values["latents_num"] = latents_of_seconds(self.seconds, fps)
         elif self.latents_num is None:
             values["latents_num"] = latents_of_seconds(preset.seconds, fps)
+        if values["latents_num"] > MAX_LATENTS:
+            asked = "num_frames" if self.num_frames is not None else "seconds"
+            raise RequestError(
+                f"{asked}={getattr(self, asked) or preset.seconds:g} is {values['latents_num']} latent frames at {fps} fps; "
+                f"the limit is {MAX_LATENTS}, ask for a shorter video",
+                asked,
+            )
         for name in PRESET_FIELDS:
             if values[name] is None:
                 values[name] = getattr(preset, name)
@@ -191,22 +200,25 @@ def _one_sentence(error: ValidationError) -> RequestError:
     if first["type"] == "extra_forbidden":
         known = list(GenerationRequest.model_fields)
         near = difflib.get_close_matches(field[:100], known, n=1, cutoff=0.0)[0]
-        shown = field if field.isidentifier() and len(field) <= 60 else _shown(field)
+        name = field if field.isidentifier() and len(field) <= 60 else shown(field)
         return RequestError(
-            f"{shown} is not a field of a request; did you mean {near}? (known fields: {', '.join(known)})", shown
+            f"{name} is not a field of a request; did you mean {near}? (known fields: {', '.join(known)})", name
         )
     if first["type"] == "missing":
         return RequestError(f"{field} is missing: {_describe(field)}", field)
     what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return RequestError(f"{field}={_shown(first['input'])}: {what} ({_describe(field)})", field)
+    return RequestError(f"{field}={shown(first['input'])}: {what} ({_describe(field)})", field)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as one short printable piece of a sentence."""
-    text = ascii(value) if isinstance(value, str) else repr(value)
+    try:
+        text = repr(value)  # escapes whatever cannot be printed
+    except ValueError:  # an integer of more than 4300 digits
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _describe(field: str) -> str:
     info = GenerationRequest.model_fields.get(field)
-    return f"{field} is {info.description}" if info and info.description else field
+    return info.description if info and info.description else field

@@ -115,9 +115,7 @@ def denoise_in_threads(
     blocks: dict[int, torch.Tensor] = {}
     done: list[Any] = []
     if noise is None:
-        noise = list(
-            coordinated_noise(plan, num_per_block, seed, channels=stages[0].channels, height=size[0], width=size[1])
-        )
+        noise = list(coordinated_noise(plan, num_per_block, seed, channels=stages[0].channels, height=size[0], width=size[1]))
     launched = iter(range(10**9))
     denoiser = Denoiser(
         stages[0], links[0], schedule, samplers, iter(noise),
@@ -142,7 +140,7 @@ def denoise_in_threads(
     assert not any(thread.is_alive() for thread in threads)
     assert all(channel.empty() for channel in channels), "a message was sent that nobody expected"
     assert finished == (stop_after is None or stop_after >= len(schedule.items))
-    assert not denoiser._tails and not denoiser._heads or not finished, "context was kept that nobody asked for"
+    assert (not denoiser._tails and not denoiser._heads) or not finished, "context was kept that nobody asked for"
     for stage in stages:
         stage.end()
     return blocks

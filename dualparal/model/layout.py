@@ -121,7 +121,7 @@ class Checkpoint:
         config, where = self.config(component), self.folder / component
         if config.get("image_dim") or config.get("added_kv_proj_dim"):
             raise CheckpointError(f"{where} is an image-to-video model (image_dim is set); use a T2V checkpoint")
-        if tuple(config.get("patch_size", (1, 2, 2)))[0] != 1:
+        if next(iter(config.get("patch_size", (1, 2, 2)))) != 1:
             raise CheckpointError(f"{where} has patch_size {config['patch_size']}; patches of several frames are not supported")
         if config.get("num_layers") != self.num_layers:
             raise CheckpointError(f"{where} has {config.get('num_layers')} layers, the first expert {self.num_layers}")
@@ -137,7 +137,13 @@ def transformer_owners(config: dict[str, Any]) -> dict[str, int]:
     num_layers = int(config["num_layers"])
     linear = ("weight", "bias")
     first = [f"patch_embedding.{end}" for end in linear]
-    for part in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj", "text_embedder.linear_1", "text_embedder.linear_2"):
+    for part in (
+        "time_embedder.linear_1",
+        "time_embedder.linear_2",
+        "time_proj",
+        "text_embedder.linear_1",
+        "text_embedder.linear_2",
+    ):
         first += [f"condition_embedder.{part}.{end}" for end in linear]
     layer = ["scale_shift_table"]
     for attn in ("attn1", "attn2"):
@@ -199,7 +205,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}; is this a Wan checkpoint in diffusers' layout?") from None
+        raise CheckpointError(
+            f"{file} cannot be read: {error.strerror}; is this a Wan checkpoint in diffusers' layout?"
+        ) from None
     except ValueError:
         raise CheckpointError(f"{file} is not JSON; download it again") from None
     if not isinstance(found, dict):

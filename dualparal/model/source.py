@@ -47,7 +47,13 @@ def _folder(name: str, revision: str | None) -> Path:
 
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=NEEDED))
@@ -58,6 +64,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise CheckpointError(f"there is no model {repo_id} on the hub (or it is private: set HF_TOKEN)") from None
     except LocalEntryNotFoundError:
-        raise CheckpointError(f"{repo_id} is not on this host and the hub cannot be reached; check the network or HF_HOME") from None
+        raise CheckpointError(
+            f"{repo_id} is not on this host and the hub cannot be reached; check the network or HF_HOME"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{repo_id} could not be downloaded: {str(error).splitlines()[0][:200]}; run again to go on") from None
+        raise CheckpointError(
+            f"{repo_id} could not be downloaded: {str(error).splitlines()[0][:200]}; run again to go on"
+        ) from None

@@ -106,9 +106,7 @@ class Stage:
         plan = shape.plan
         most = max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks))
         self._rope = self._rope_table(most)
-        self._conditions = [
-            (expert.temb.to(self.device), expert.timestep_proj.to(self.device)) for expert in conditions
-        ]
+        self._conditions = [(expert.temb.to(self.device), expert.timestep_proj.to(self.device)) for expert in conditions]
         for texts, expert in zip(self._texts, conditions, strict=True):
             texts.update({i: [half.to(self.device) for half in halves] for i, halves in enumerate(expert.texts)})
 

@@ -25,10 +25,21 @@ from dualparal.model.layout import Checkpoint
 from dualparal.model.text import TextEncoder
 from dualparal.model.vae import StreamingDecoder, to_uint8
 from dualparal.runtime.messages import (
-    CloseVideo, DecodeBlock, Embeddings, EncodeText, JobError, OpenVideo, Ready, RunJob, Shutdown, Span, Spans,
-    VideoClosed, WorkerOptions,
-)  # fmt: skip
-from dualparal.runtime.worker import Uplink, call_hook, describe_error, run_worker
+    CloseVideo,
+    DecodeBlock,
+    Embeddings,
+    EncodeText,
+    JobError,
+    OpenVideo,
+    Ready,
+    RunJob,
+    Shutdown,
+    Span,
+    Spans,
+    VideoClosed,
+    WorkerOptions,
+)
+from dualparal.runtime.worker import Uplink, call_hook, describe_error, quiet_libraries, run_worker
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +48,7 @@ def codec_main(connection: Connection, options: WorkerOptions, inbox: Queue[Any]
     """Entry point of the codec's process: messages from rank 0 in `inbox`, embeddings back in `outbox`."""
 
     def serve(uplink: Uplink) -> None:
+        quiet_libraries()
         started_s = time.monotonic()
         torch.set_num_threads(options.threads)
         checkpoint = Checkpoint(Path(options.folder))

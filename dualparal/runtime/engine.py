@@ -7,6 +7,8 @@ group is started anew, queued jobs go on.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -31,8 +33,18 @@ from dualparal.runtime.job import Job
 from dualparal.runtime.journal import JobFolder, new_job_id, outputs_folder
 from dualparal.runtime.launch import WorkerGroup
 from dualparal.runtime.messages import (
-    Beat, CancelJob, Denoised, JobError, Ready, RunJob, Spans, StorePort, VideoClosed, WorkerError, WorkerOptions,
-)  # fmt: skip
+    Beat,
+    CancelJob,
+    Denoised,
+    JobError,
+    Ready,
+    RunJob,
+    Spans,
+    StorePort,
+    VideoClosed,
+    WorkerError,
+    WorkerOptions,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -162,9 +174,7 @@ class Engine:
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         """`request` with every field filled, checked against the preset's limits; raises `RequestError`."""
-        return request.resolve(
-            self.preset, num_experts=self.num_experts, boundary_ratio=self.checkpoint.boundary_ratio
-        )
+        return request.resolve(self.preset, num_experts=self.num_experts, boundary_ratio=self.checkpoint.boundary_ratio)
 
     def submit(
         self,
@@ -236,10 +246,8 @@ class Engine:
         self._wake()
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._wake_writer.send_bytes(b"x")
-        except OSError:
-            pass
 
     def _failure(self) -> DualParalError:
         if self._error is not None:
@@ -259,7 +267,7 @@ class Engine:
                 break
             log.warning("workers ended: %s", error)
             # A checkpoint that cannot be loaded will not load the next time either.
-            if not isinstance(error, WorkerDied) and not was_ready or failed_starts >= MAX_FAILED_STARTS:
+            if (not isinstance(error, WorkerDied) and not was_ready) or failed_starts >= MAX_FAILED_STARTS:
                 self._give_up(error)
                 return
             self._set_state("restarting", str(error))
@@ -428,8 +436,6 @@ class Engine:
 
 
 def _with_busy(progress: Progress, busy: tuple[float, ...]) -> Progress:
-    import dataclasses
-
     return dataclasses.replace(progress, busy=busy)
 
 

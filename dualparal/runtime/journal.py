@@ -12,6 +12,8 @@ only appended to (a torn last line is ignored), and everything else is written u
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -19,7 +21,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ from dualparal.events import FINAL, Event, Progress, event_from_json
 from dualparal.request import GenerationRequest
 
 JOB_ID = re.compile(r"[0-9a-f-]{6,36}")
+SEGMENT = re.compile(r"block_([0-9]+)\.ts")
 
 
 def new_job_id() -> str:
-    """A fresh id that sorts by time: seconds since the epoch in hexadecimal, a dash, 8 random digits."""
-    return f"{int(time.time()):08x}-{secrets.token_hex(4)}"
+    """A fresh id that sorts by time: milliseconds since the epoch in hexadecimal, a dash, 8 random digits."""
+    return f"{time.time_ns() // 10**6:011x}-{secrets.token_hex(4)}"
 
 
 def check_job_id(job_id: object) -> str:
@@ -48,10 +51,14 @@ def outputs_folder(named: str | Path | None = None) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` under a temporary name beside `path`, then rename, so that `path` is never half-written."""
+    """Write `text` under a temporary name beside `path`, then rename, so that `path` is never half-written. Raises OSError."""
     partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,6 @@ class JobFolder:
     """One job's files. Creating the object touches nothing; `create` makes the folder."""
 
     path: Path
-    _torn: list[bool] = field(default_factory=lambda: [False], repr=False, compare=False)
 
     @property
     def job_id(self) -> str:
@@ -74,9 +80,16 @@ class JobFolder:
         """Make the folder and write `request.json` (`about` goes beside the request). Raises `OutputError`."""
         folder = cls(outputs / check_job_id(job_id))
         record = {"job_id": job_id, "created_s": time.time(), **about, "request": request.model_dump(exclude_none=True)}
+        text = json.dumps(record, ensure_ascii=False, indent=1)
         try:
             folder.path.mkdir(parents=True, exist_ok=False)
-            write_atomically(folder.path / "request.json", json.dumps(record, ensure_ascii=False, indent=1))
+            try:
+                write_atomically(folder.path / "request.json", text)
+            except OSError:
+                folder.path.rmdir()
+                raise
+        except FileExistsError:
+            raise OutputError(f"there is something at {folder.path} already; use another job id or outputs folder") from None
         except OSError as error:
             raise OutputError(
                 f"results cannot be written to {outputs}: {error.strerror}; make it writable, free space or name "
@@ -95,27 +108,38 @@ class JobFolder:
         return found
 
     def request(self) -> GenerationRequest:
-        """The resolved request of this job."""
-        return GenerationRequest(**self.record()["request"])
+        """The resolved request of this job. Raises `OutputError` or `RequestError` when it is damaged."""
+        values = self.record().get("request")
+        if not isinstance(values, dict):
+            raise OutputError(f"job {self.job_id}: request.json holds no request")
+        return GenerationRequest(**values)
 
     def append(self, event: Event) -> None:
-        """Add one event to `events.jsonl`. Progress is left out: it is true for a second only."""
+        """Add one event to `events.jsonl`. Progress is left out: it is true for a second only. Raises `OutputError`."""
         if isinstance(event, Progress):
             return
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
+        line = json.dumps(event.to_json(), ensure_ascii=False).encode() + b"\n"
+        path = self.path / "events.jsonl"
+        try:
+            with path.open("a+b", buffering=0) as lines:
+                if _ends_torn(lines):
+                    line = b"\n" + line
+                if lines.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}; free space or make it writable") from None
 
     def events(self) -> list[Event]:
         """All whole events on disk, oldest first."""
         try:
-            lines = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = (self.path / "events.jsonl").read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
         found = []
         for line in lines:
             try:
                 found.append(event_from_json(json.loads(line)))
-            except (ValueError, TypeError):  # torn by a crash in mid-write
+            except (ValueError, TypeError, RecursionError):  # torn by a crash in mid-write
                 continue
         return found
 
@@ -125,18 +149,32 @@ class JobFolder:
 
     def segments(self) -> list[Path]:
         """The finished blocks' segments, in order."""
-        return sorted(self.path.glob("block_*.ts"))
+        found = {int(match[1]): path for path in self.path.glob("block_*.ts") if (match := SEGMENT.fullmatch(path.name))}
+        return [found[block] for block in sorted(found)]
 
     def delete(self) -> None:
-        """Remove the job and all its files."""
-        shutil.rmtree(self.path)
+        """Remove the job and all its files; no error when it is gone already. Raises `OutputError`."""
+        try:
+            shutil.rmtree(self.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise OutputError(f"job {self.job_id} cannot be deleted: {error.strerror or error}") from None
+
+
+def _ends_torn(lines: io.FileIO) -> bool:
+    """Whether the last line was cut off by a crash: what is appended next must not be glued to it."""
+    if lines.seek(0, os.SEEK_END) == 0:
+        return False
+    lines.seek(-1, os.SEEK_END)
+    return lines.read(1) != b"\n"
 
 
 def list_jobs(outputs: Path) -> Iterator[JobFolder]:
     """Every job folder under `outputs`, newest first. Other folders are left alone."""
     try:
         entries = [entry for entry in outputs.iterdir() if JOB_ID.fullmatch(entry.name) and (entry / "request.json").is_file()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for entry in sorted(entries, key=lambda path: path.name, reverse=True):
         yield JobFolder(entry)

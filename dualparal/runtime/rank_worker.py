@@ -28,12 +28,25 @@ from dualparal.model.stage import JobShape, Stage
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.coordinator import Denoiser
 from dualparal.runtime.messages import (
-    CancelJob, CloseVideo, DecodeBlock, Denoised, Embeddings, EncodeText, JobError, JobSpec, OpenVideo, Ready, RunJob,
-    Shutdown, Spans, StorePort, WorkerOptions,
-)  # fmt: skip
+    CancelJob,
+    CloseVideo,
+    DecodeBlock,
+    Denoised,
+    Embeddings,
+    EncodeText,
+    JobError,
+    JobSpec,
+    OpenVideo,
+    Ready,
+    RunJob,
+    Shutdown,
+    Spans,
+    StorePort,
+    WorkerOptions,
+)
 from dualparal.runtime.stage_worker import SpanLog, serve_stage
 from dualparal.runtime.transport import IDLE_TIMEOUT, DistributedLinks, Links, SoloLinks
-from dualparal.runtime.worker import Uplink, call_hook, describe_error, run_worker
+from dualparal.runtime.worker import Uplink, call_hook, describe_error, quiet_libraries, run_worker
 
 log = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 0.2
@@ -50,6 +63,7 @@ def rank_main(
     """Entry point of a rank's process; the queues are rank 0's."""
 
     def serve(uplink: Uplink) -> None:
+        quiet_libraries()
         started_s = time.monotonic()
         torch.set_num_threads(options.threads)
         device = torch.device(options.devices[rank])

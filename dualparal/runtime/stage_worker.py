@@ -6,6 +6,7 @@ sampler; the schedule says what to expect.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -39,7 +40,7 @@ def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span
             return
         schedule = make_schedule(spec.policy, spec.shape.plan, spec.experts)
         stage.begin(spec.shape, spec.conditions)
-        run_stage(stage, links, schedule, SpanLog(f"stage {links.rank}", lambda spans: report(spec.job_id, spans)))
+        run_stage(stage, links, schedule, SpanLog(f"stage {links.rank}", functools.partial(report, spec.job_id)))
         stage.end()
 
 

@@ -77,6 +77,15 @@ def describe_error(name: str, error: BaseException) -> tuple[str, str]:
     return "WorkerFailed", f"{name} failed: {type(error).__name__}: {first[:300]}"
 
 
+def quiet_libraries() -> None:
+    """No progress bars of the libraries' own in a worker (they would also leave a semaphore behind)."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def call_hook(options: WorkerOptions, **parts: Any) -> dict[str, Any]:
     """Let tests and benchmarks replace parts of a worker; returns the parts to use."""
     if options.worker_hook is None:
