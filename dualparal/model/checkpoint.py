@@ -82,6 +82,6 @@ def _read(files: dict[str, Path]) -> Iterable[tuple[str, torch.Tensor]]:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
             except Exception as error:
                 raise CheckpointError(f"{file} cannot be opened as safetensors: {error}") from None
-            for key in opened:
+            for key in opened.keys():  # noqa: SIM118 - not iterable by itself
                 if files.get(key) == file:
                     yield key, opened.get_tensor(key)
