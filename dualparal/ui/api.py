@@ -1,0 +1,226 @@
+"""The API that "Use via API" shows and `gradio_client` calls: /generate /submit /status /cancel /result /presets.
+
+Values arrive unchecked on purpose: `GenerationRequest` is the one place that checks them, and its sentence is what the caller
+gets. The parameters of /generate and /submit are made from its fields, so they cannot drift apart.
+"""
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, get_args, get_origin
+
+import gradio as gr
+from gradio.data_classes import FileData
+
+from dualparal.errors import DualParalError, RequestError, error_from_wire
+from dualparal.events import Failed
+from dualparal.request import GenerationRequest, frames_of_latents
+from dualparal.ui.owners import owner_of
+from dualparal.ui.panels import headline
+from dualparal.ui.snapshot import Snapshot
+from dualparal.ui.studio import Studio
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.2
+TELL_EVERY_S = 1.0
+OWNER = "a secret of your own choice; a job made with one is shown only to callers who give the same"
+MEANINGS = {
+    **{name: info.description or name for name, info in GenerationRequest.model_fields.items()},
+    "preset": "a preset's name from /presets; the server's own one if left out",
+    "job_id": "what /submit returned",
+    "owner": OWNER,
+}
+
+
+def add_endpoints(studio: Studio) -> None:
+    """Register the endpoints in the current Blocks context."""
+    calls = Calls(studio)
+    block = gr.context.Context.root_block
+    assert block is not None
+    for name, function in calls.endpoints().items():
+        gr.api(_one_sentence(function), api_name=name, api_description=inspect.getdoc(function), concurrency_limit=None)
+        made = list(block.fns.values())[-1]
+        for component, parameter in zip(made.inputs, _parameters(function), strict=True):
+            component.label = MEANINGS[parameter.name]  # instead of Gradio's "1st", "2nd"
+            component._api_info["additional_description"] = MEANINGS[parameter.name]
+        for component, label in zip(made.outputs, ("video", "status") if len(made.outputs) > 1 else (name,), strict=True):
+            component.label = label
+
+
+class Calls:
+    """One method per endpoint; their docstrings are the API's documentation."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def endpoints(self) -> dict[str, Callable[..., Any]]:
+        """Endpoint name → function."""
+        return {
+            "generate": _takes_request(self.generate), "submit": _takes_request(self.submit), "status": self.status,
+            "cancel": self.cancel, "result": self.result, "presets": self.presets,
+        }  # fmt: skip
+
+    async def generate(self, http: gr.Request, preset: Any, owner: Any, **fields: Any) -> AsyncIterator[tuple[Any, Any]]:
+        """Make a video and wait for it. Yields (null, status) about once a second while it runs and at last (mp4, status).
+
+        If you hang up, the job goes on; its id is in every status.
+        """
+        name = _owner(owner, http)
+        found = await asyncio.to_thread(self._submit, preset, name, fields)
+        waited_s = TELL_EVERY_S
+        while not found.is_ended:
+            if waited_s >= TELL_EVERY_S:
+                waited_s = 0.0
+                yield None, self._status(found)
+            await asyncio.sleep(LOOK_EVERY_S)
+            waited_s += LOOK_EVERY_S
+            found = self.studio.find(found.job_id, name)
+        yield self._video(found), self._status(found)
+
+    def submit(self, http: gr.Request, preset: Any, owner: Any, **fields: Any) -> dict:
+        """Queue a video and return at once. The status that comes back holds the `job_id` for /status, /cancel and /result."""
+        return self._status(self._submit(preset, _owner(owner, http), fields))
+
+    def status(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
+        """Where a job stands: state, place in line, progress, finished blocks, timings."""
+        return self._status(self.studio.find(job_id, _owner(owner, http)))
+
+    def cancel(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
+        """Stop a queued or running job. Its finished blocks are joined into a video that /result returns."""
+        name = _owner(owner, http)
+        self.studio.cancel(job_id, name)
+        return self._status(self.studio.find(job_id, name))
+
+    def result(self, http: gr.Request, job_id: str, owner: str | None = None) -> tuple[FileData | None, dict]:
+        """The mp4 of a job that has ended, and its last status. A stopped or failed job has what was finished, or null."""
+        found = self.studio.find(job_id, _owner(owner, http))
+        if not found.is_ended:
+            raise RequestError(f"job {found.job_id} is {found.state}; ask /status until it has ended", "job_id")
+        return self._video(found, must=False), self._status(found)
+
+    def presets(self) -> list[dict]:
+        """Every preset with its values and limits; `usable` says which ones this server can run now."""
+        usable = {preset.name for preset in self.studio.usable_presets()}
+        own = self.studio.engine.preset.name
+        found = sorted(self.studio.presets.values(), key=lambda preset: (preset.name != own, preset.name))
+        return [{**preset.model_dump(), "usable": preset.name in usable, "default": preset.name == own} for preset in found]
+
+    def _submit(self, preset: Any, owner: str, fields: dict[str, Any]) -> Snapshot:
+        if not isinstance(fields.get("prompt"), str):
+            raise RequestError("prompt is missing or not a text; give prompt='what the video shows'", "prompt")
+        return self.studio.submit(GenerationRequest(**fields), preset, owner=owner)
+
+    def _video(self, found: Snapshot, must: bool = True) -> FileData | None:
+        if must and isinstance(found.final, Failed):
+            raise error_from_wire(found.final.kind, found.final.message)
+        if found.video is None:
+            return None
+        return FileData(path=str(found.video), orig_name=f"dualparal-{found.job_id}.mp4", mime_type="video/mp4")
+
+    def _status(self, found: Snapshot) -> dict[str, Any]:
+        progress, final = found.progress, found.final
+        head, detail = headline(found, self.studio)
+        return {
+            "job_id": found.job_id,
+            "state": found.state,
+            "message": f"{head}: {detail}",
+            "position": found.position if found.state == "queued" else 0,
+            "starts_in_s": self.studio.starts_in_s(found.job_id) if found.state == "queued" else None,
+            "progress": 1.0 if found.state == "finished" else progress.items_done / progress.num_items if progress else 0.0,
+            "eta_s": progress.eta_s if progress and found.state == "running" else None,
+            "block_steps": list(progress.block_steps) if progress else [],
+            "busy": list(progress.busy) if progress and found.state == "running" else [],
+            "num_steps": found.request.num_inference_steps,
+            "num_frames": frames_of_latents(found.request.latents_num or 1),
+            "num_frames_ready": found.num_frames,
+            "blocks": [
+                {"block": b.block, "first_frame": b.first_frame, "num_frames": b.num_frames, "duration_s": b.duration_s}
+                for b in found.blocks
+            ],
+            "timings": found.timings,
+            "error": final.message if isinstance(final, Failed) else None,
+            "settings": self.studio.settings(found),
+        }
+
+
+def _owner(token: Any, http: gr.Request | None) -> str:
+    return owner_of(token, getattr(http, "username", None))
+
+
+def _takes_request(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method(http, preset, owner, **fields)` with the fields of `GenerationRequest` spelt out as optional parameters."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("http", kind, annotation=gr.Request)]
+    parameters += [inspect.Parameter("prompt", kind, annotation=str)]
+    for name, annotation in [("preset", str | None), *_field_types(), ("owner", str | None)]:
+        parameters.append(inspect.Parameter(name, kind, default=None, annotation=annotation))
+    names = [parameter.name for parameter in parameters]
+    returns: Any = dict
+
+    if inspect.isasyncgenfunction(method):
+        returns = tuple[FileData | None, dict]
+
+        async def call(*values: Any) -> AsyncIterator[Any]:
+            async for update in method(**dict(zip(names, values, strict=True))):
+                yield update
+    else:
+
+        def call(*values: Any) -> Any:  # type: ignore[misc]
+            return method(**dict(zip(names, values, strict=True)))
+
+    call.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+    call.__annotations__ = {**{p.name: p.annotation for p in parameters}, "return": returns}
+    call.__name__, call.__doc__ = method.__name__, method.__doc__
+    return call
+
+
+def _field_types() -> list[tuple[str, Any]]:
+    """The optional fields of a request with plain types (limits are checked by the request, not by Gradio)."""
+    first = ("seconds", "seed", "negative_prompt")
+    fields = GenerationRequest.model_fields
+    order = [*first, *(name for name in fields if name not in (*first, "prompt"))]
+    return [(name, _plain(fields[name].annotation)) for name in order]
+
+
+def _plain(annotation: Any) -> Any:
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[0]
+    parts = [get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(annotation)]
+    return parts[0] | parts[1] if len(parts) == 2 and type(None) in parts else annotation
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(function).parameters.values() if p.annotation is not gr.Request]
+
+
+def _one_sentence(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose errors reach the caller as one sentence: ours as they are, any other without its details."""
+    if inspect.isasyncgenfunction(function):
+
+        async def call(*values: Any) -> AsyncIterator[Any]:
+            try:
+                async for update in function(*values):
+                    yield update
+            except Exception as error:
+                raise _told(error) from None
+    else:
+
+        def call(*values: Any) -> Any:  # type: ignore[misc]
+            try:
+                return function(*values)
+            except Exception as error:
+                raise _told(error) from None
+
+    call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    call.__annotations__ = dict(getattr(function, "__annotations__", {}))
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    return call
+
+
+def _told(error: Exception) -> gr.Error:
+    if isinstance(error, DualParalError):
+        return gr.Error(str(error), print_exception=False)
+    log.error("an API call failed", exc_info=error)
+    return gr.Error("something went wrong inside the server; its log has the details", print_exception=False)

@@ -1,0 +1,118 @@
+"""Small pictures drawn as HTML and SVG: the strip of blocks, the stages' meters, the timeline of a finished job.
+
+Colours come from `style.css`, so they follow light and dark. Only numbers and escaped words go in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dualparal.core.plan import BlockPlan
+from dualparal.events import Progress
+from dualparal.request import TEMPORAL_FACTOR, frames_of_latents
+from dualparal.ui.snapshot import Snapshot, Span
+from dualparal.ui.words import duration, safe
+
+TIMELINE_WIDTH = 1000
+ROW_HEIGHT = 22
+MOST_SPANS = 2000
+
+
+def strip(found: Snapshot) -> str:
+    """The video as a strip of blocks, as wide as each is long, filling up from below as it is denoised.
+
+    The page's script draws the playhead over it and seeks when a finished block is clicked (`data-from` is in seconds).
+    """
+    request = found.request
+    assert request.latents_num and request.num_per_block and request.num_cat is not None and request.fps
+    sizes = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat).lengths
+    ready = {event.block for event in found.blocks}
+    num_steps = request.num_inference_steps or 1
+    steps = found.progress.block_steps if found.progress else ()
+    cells, words, first = [], [], 0
+    for block, num_latents in enumerate(sizes):
+        done = num_steps if block in ready else steps[block] if block < len(steps) else 0
+        state = "ready" if block in ready else "moving" if done else "waiting"
+        if found.is_ended and block not in ready:
+            state = "lost"
+        num_frames = num_latents * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1) * (block == 0)
+        label = f"block {block + 1}: {'ready' if block in ready else f'step {done} of {num_steps}'}"
+        cells.append(
+            f'<i class="block {state}" style="flex-grow:{num_frames};--done:{done / num_steps:.3f}" '
+            f'data-from="{first / request.fps:.4f}" title="{label}"></i>'
+        )
+        words.append(label)
+        first += num_frames
+    total_s = frames_of_latents(request.latents_num) / request.fps
+    told = f"{len(ready)} of {len(sizes)} blocks ready"
+    dense = " dense" if len(sizes) > 48 else ""
+    return (
+        f'<div class="strip{dense}" role="img" aria-label="{told}" data-seconds="{total_s:.4f}">{"".join(cells)}</div>'
+        f'<div class="strip-scale"><span>0 s</span><span>{told}</span><span>{total_s:.1f} s</span></div>'
+    )
+
+
+def meters(progress: Progress | None) -> str:
+    """One bar per stage: the share of the last seconds in which it computed."""
+    if progress is None or not progress.busy:
+        return ""
+    bars = "".join(
+        f'<div class="meter"><span>stage {rank}</span><b style="--share:{min(1.0, max(0.0, share)):.3f}"></b>'
+        f"<span>{share * 100:.0f} %</span></div>"
+        for rank, share in enumerate(progress.busy)
+    )
+    return f'<div class="meters" aria-label="share of the last seconds in which each stage computed">{bars}</div>'
+
+
+def timings_bar(timings: dict[str, float]) -> str:
+    """Where the time went, as one stacked bar and a legend with numbers."""
+    parts = [(name, timings.get(f"{name}_s", 0.0)) for name in ("text", "denoise", "decode", "encode")]
+    total_s = sum(seconds for _, seconds in parts) or 1.0
+    bar = "".join(f'<i class="part {name}" style="flex-grow:{seconds / total_s:.4f}"></i>' for name, seconds in parts)
+    legend = "".join(f'<li class="{name}">{name} <b>{duration(seconds)}</b></li>' for name, seconds in parts)
+    return f'<div class="shares" aria-hidden="true">{bar}</div><ul class="legend">{legend}</ul>'
+
+
+def timeline(spans: Sequence[Span]) -> str:
+    """When each stage worked on which block: a row per stage, time to the right. '' without spans."""
+    if not spans:
+        return ""
+    names = sorted({span.stage for span in spans}, key=_row_order)
+    end_s = max(span.end_s for span in spans) or 1.0
+    num_blocks = max(span.block for span in spans) + 1
+    bars = "".join(_bar(span, names.index(span.stage), end_s, num_blocks) for span in _thinned(spans))
+    labels = "".join(f"<span>{safe(name)}</span>" for name in names)
+    height = ROW_HEIGHT * len(names)
+    return (
+        f'<div class="timeline" role="img" aria-label="when each stage worked, {duration(end_s)} in all">'
+        f'<div class="rows">{labels}</div><div class="plot"><svg viewBox="0 0 {TIMELINE_WIDTH} {height}" '
+        f'preserveAspectRatio="none" style="height:{height}px" aria-hidden="true">{bars}</svg>'
+        f'<div class="scale"><span>0 s</span><span>colour: first to last block</span><span>{duration(end_s)}</span></div>'
+        "</div></div>"
+    )
+
+
+def _row_order(name: str) -> tuple[int, str]:
+    order = {"text": 0, "decode": 2, "encode": 3}
+    return order.get(name, 1), f"{name:>12}"
+
+
+def _thinned(spans: Sequence[Span]) -> list[Span]:
+    """At most MOST_SPANS bars: neighbours of one row and block are merged when there are more."""
+    if len(spans) <= MOST_SPANS:
+        return list(spans)
+    merged: dict[tuple[str, int, int], Span] = {}
+    end_s = max(span.end_s for span in spans) or 1.0
+    for span in spans:
+        key = (span.stage, span.block, int(span.start_s / end_s * 200))
+        old = merged.get(key)
+        merged[key] = span if old is None else Span(old.stage, old.start_s, max(old.end_s, span.end_s), old.block, old.step)
+    return list(merged.values())
+
+
+def _bar(span: Span, row: int, end_s: float, num_blocks: int) -> str:
+    left = span.start_s / end_s * TIMELINE_WIDTH
+    width = max(0.6, (span.end_s - span.start_s) / end_s * TIMELINE_WIDTH)
+    # From teal for the first block to amber for the last; text and other work without a block is grey.
+    hue = "var(--ink-3)" if span.block < 0 else f"hsl({185 - 145 * span.block / max(1, num_blocks - 1):.0f} 60% 48%)"
+    return f'<rect x="{left:.1f}" y="{row * ROW_HEIGHT + 3}" width="{width:.1f}" height="{ROW_HEIGHT - 6}" fill="{hue}"/>'

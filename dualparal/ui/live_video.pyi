@@ -1,0 +1,55 @@
+"""A Gradio video that plays finished MPEG-TS segments as they come, then the finished mp4, without system ffmpeg.
+
+Gradio's own streaming video re-encodes every chunk with the `ffmpeg` and `ffprobe` found on PATH. Our segments are ready for
+HLS as they are (H.264, clocks that run on), so they are passed through untouched. Follows gradio/components/video.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.data_classes import FileData
+
+from dualparal.events import BlockReady
+
+from gradio.events import Dependency
+
+class LiveVideo(gr.Video):
+    """`gr.Video(streaming=True)` whose stream chunks are `BlockReady` events. An update with a path shows that file instead."""
+
+    is_template = True  # use the Video's own front end
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(streaming=True, **kwargs)
+
+    def get_block_name(self) -> str:
+        return "video"
+
+    def postprocess(self, value: Any) -> Any:
+        """A `BlockReady` stays itself for `stream_output`; a path becomes a file that is served where it lies."""
+        if isinstance(value, (str, Path)):
+            return FileData(path=str(value), orig_name=Path(value).name)
+        return value
+
+    async def stream_output(self, value: Any, output_id: str, first_chunk: bool) -> tuple[Any, Any]:
+        """Hand one segment to Gradio's HLS playlist, byte for byte."""
+        chunk = None
+        if isinstance(value, BlockReady):
+            data = await asyncio.to_thread(Path(value.path).read_bytes)
+            chunk = {"data": data, "duration": value.duration_s, "extension": ".ts"}
+        where = {"path": output_id, "is_stream": True, "orig_name": "video.mp4", "meta": {"_type": "gradio.FileData"}}
+        return chunk, where
+
+    async def flush_stream_output(self, output_id: str) -> None:
+        """Nothing is held back: every segment was complete when it was handed over."""
+
+    def end_stream_output(self, output_id: str) -> None:
+        """Nothing to release: no encoder runs."""
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component

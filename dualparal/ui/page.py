@@ -1,0 +1,270 @@
+"""The page: layout and wiring. What things say is in panels.py, what they may do in studio.py.
+
+Every tab follows one job at a time. The browser keeps an owner token (local storage, shared by its tabs) and each tab the id of
+the job it shows (session storage), so a reload finds the job again and two tabs do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dualparal.errors import DualParalError, RequestError
+from dualparal.media.metadata import read_settings
+from dualparal.request import GenerationRequest
+from dualparal.ui import api, form, gallery, owners, panels
+from dualparal.ui.live_video import LiveVideo
+from dualparal.ui.studio import Studio
+from dualparal.ui.watch import watch
+
+HERE = Path(__file__).parent
+TICK_S = 2.0
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+DEFAULT_EXAMPLES = (
+    "a red circle bouncing on a navy background",
+    "A lighthouse on a cliff at dusk, waves breaking far below, slow aerial shot",
+)
+# Buttons inside our HTML carry data-do and data-id; each kind becomes an event of that component.
+BUTTONS_JS = """
+const kinds = ['show', 'halt', 'turn', 'reuse', 'remove'];
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-do]');
+  if (!button || button.disabled) return;
+  if (button.dataset.do === 'remove' && button.dataset.sure !== 'yes') {
+    button.dataset.sure = 'yes';
+    const label = button.textContent;
+    button.textContent = 'Delete for good?';
+    setTimeout(() => { button.dataset.sure = ''; button.textContent = label; }, 4000);
+    return;
+  }
+  if (kinds.includes(button.dataset.do)) trigger(button.dataset.do, {id: button.dataset.id});
+});
+"""
+
+
+def one_sentence(error: DualParalError) -> gr.Error:
+    """The error as a message on the page. Escaped: Gradio shows messages as HTML, and they quote what was typed."""
+    return gr.Error(html.escape(str(error)), print_exception=False, title="That did not work")
+
+
+class Page:
+    """Builds the page for one studio; `root` is the prefix of all addresses, '' for the site's own root."""
+
+    def __init__(self, studio: Studio, root: str = "") -> None:
+        self.studio = studio
+        self.root = f"{root.rstrip('/')}/" if root else ""
+        self._following: dict[str, object] = {}  # session → what it follows now
+
+    def build(self) -> gr.Blocks:
+        """The finished page with its API."""
+        with gr.Blocks(
+            title="DualParal Studio", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True
+        ) as page:
+            self._lay_out()
+            self._wire(page)
+            api.add_endpoints(self.studio)
+        return page
+
+    # -- layout
+
+    def _lay_out(self) -> None:
+        self.browser = gr.BrowserState("", storage_key="dualparal-owner", secret="dualparal-studio")
+        self.hint = gr.Textbox(visible="hidden", elem_id="job-hint")
+        self.job_id = gr.State("")
+        self.gallery_page = gr.State(0)
+        self.timer = gr.Timer(TICK_S)
+        with gr.Row(elem_id="masthead"):
+            gr.HTML('<h1>DualParal <span>Studio</span></h1>', apply_default_css=False, elem_id="brand")
+            self.chip = gr.HTML(panels.engine_chip(self.studio), apply_default_css=False, elem_id="chip")
+        with gr.Row(elem_id="desk"):
+            with gr.Column(elem_id="composer", scale=4, min_width=320):
+                self.form = form.build(self.studio)
+                self.estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
+                with gr.Row(elem_id="go"):
+                    self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
+                    self.stop = gr.Button("Stop", variant="stop", elem_id="stop", visible=False, scale=1, min_width=90)
+                self.restore = gr.File(
+                    label="Drop a video made here to restore its settings", file_types=[".mp4"], elem_id="restore", height=96
+                )
+            with gr.Column(elem_id="stage", scale=7, min_width=320):
+                self.video = LiveVideo(
+                    label="Video", show_label=False, autoplay=True, interactive=False, buttons=[], elem_id="video"
+                )
+                with gr.Column(elem_id="idle") as self.idle:
+                    gr.HTML(
+                        "<p><b>Watch it grow.</b> Blocks of the video are denoised side by side and play here as soon as "
+                        "each is ready.</p><p>Try one:</p>", apply_default_css=False,
+                    )  # fmt: skip
+                    prompts = self.studio.engine.preset.examples[:4] or DEFAULT_EXAMPLES
+                    self.examples = [(gr.Button(f"▸ {prompt}", elem_classes="example"), prompt) for prompt in prompts]
+                self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=(HERE / "strip.js").read_text())
+                self.result = gr.HTML(apply_default_css=False, elem_id="result")
+                self.queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=BUTTONS_JS)
+        self.gallery = gr.HTML(apply_default_css=False, elem_id="gallery", js_on_load=BUTTONS_JS)
+
+    # -- wiring
+
+    def _wire(self, page: gr.Blocks) -> None:
+        inputs, browser = self.form.inputs, self.browser
+        overview = [self.chip, self.queue]
+        opened = page.load(
+            self._open, [browser, self.hint], [browser, self.job_id, self.estimate, self.gallery, *overview],
+            js="(browser, hint) => [browser, sessionStorage.getItem('dualparal-job') || '']", **QUIET,
+        )  # fmt: skip
+        self._then_follow(opened)
+        begun = gr.on([self.generate.click, self.form.prompt.submit], self._start, [browser, *inputs], [self.job_id, self.queue],
+                      trigger_mode="multiple", **QUIET)  # fmt: skip
+        self._then_follow(begun)
+        for button, prompt in self.examples:
+            filled = button.click(lambda prompt=prompt: prompt, None, self.form.prompt, **QUIET)
+            self._then_follow(filled.then(self._start, [browser, *inputs], [self.job_id, self.queue], **QUIET))
+        self.stop.click(self._stop, [browser, self.job_id], self.stop, queue=False, **QUIET)
+        self.form.dice.click(form.roll, None, self.form.parts["seed"], queue=False, **QUIET)
+        self.form.parts["preset"].input(self._choose_preset, self.form.parts["preset"], inputs, **QUIET)
+        gr.on([part.change for part in inputs[2:]], self._estimate, inputs, self.estimate, trigger_mode="always_last", **QUIET)
+        self.restore.upload(self._restore, self.restore, [self.restore, *inputs], **QUIET)
+        self.timer.tick(self._tick, [browser], overview, **QUIET)
+        self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
+        self.queue.halt(self._stop_this, [browser], overview, **QUIET)
+        self._then_follow(self.gallery.show(self._watch_this, [browser], self.job_id, **QUIET))
+        self.gallery.reuse(self._reuse, [browser], inputs, **QUIET)
+        self.gallery.remove(self._delete, [browser, self.gallery_page], [self.gallery, self.gallery_page], **QUIET)
+        self.gallery.turn(self._turn, [browser], [self.gallery, self.gallery_page], **QUIET)
+        page.unload(self._close)
+
+    def _then_follow(self, event: Any) -> None:
+        """After `event` has set the job's id: follow it to its end, then show it in the gallery."""
+        outputs = [self.video, self.board, self.result, self.stop, self.idle]
+        followed = event.success(
+            self._follow, [self.browser, self.job_id], outputs, concurrency_limit=None, trigger_mode="multiple", **QUIET
+        )
+        followed.then(self._newest, [self.browser, self.job_id], [self.gallery, self.gallery_page], **QUIET)
+
+    # -- what the events do
+
+    def _open(self, token: str, hint: str, request: gr.Request) -> tuple[Any, ...]:
+        token = token if isinstance(token, str) and token else owners.new_token()
+        owner = self._owner(token, request)
+        job_id = self._reattach(hint, owner)
+        shown, _ = gallery.render(self.studio, owner, 0, self.root)
+        estimate = self._estimate_of(GenerationRequest(prompt=""), None)
+        return token, job_id, estimate, shown, panels.engine_chip(self.studio), panels.queue(self.studio, owner)
+
+    def _reattach(self, hint: str, owner: str) -> str:
+        """The job a freshly opened tab shows: the one it showed before, else the owner's running or next one."""
+        if hint:
+            try:
+                return self.studio.find(hint, owner).job_id
+            except DualParalError:
+                pass
+        active = self.studio.active(owner)
+        return active[0].job_id if active else ""
+
+    def _start(self, request: gr.Request, token: str, *values: Any) -> tuple[str, str]:
+        owner = self._owner(token, request)
+        try:
+            wanted, preset_name = form.read(self.studio, values)
+            found = self.studio.submit(wanted, preset_name, owner=owner)
+        except DualParalError as error:
+            raise one_sentence(error) from None
+        return found.job_id, panels.queue(self.studio, owner)
+
+    async def _follow(self, token: str, job_id: str, request: gr.Request) -> AsyncIterator[Any]:
+        if not job_id:
+            return
+        session, mine = str(request.session_hash), object()
+        self._following[session] = mine
+        try:
+            async for update in watch(
+                self.studio, job_id, self._owner(token, request), self.root, lambda: self._following.get(session) is mine
+            ):
+                yield update
+        except DualParalError as error:
+            raise one_sentence(error) from None
+
+    def _stop(self, token: str, job_id: str, request: gr.Request) -> Any:
+        try:
+            self.studio.cancel(job_id, self._owner(token, request))
+        except DualParalError as error:
+            raise one_sentence(error) from None
+        return gr.update(value="Stopping…", interactive=False)
+
+    def _stop_this(self, token: str, event: gr.EventData, request: gr.Request) -> tuple[str, str]:
+        self._stop(token, event.id, request)
+        return self._tick(token, request)
+
+    def _watch_this(self, token: str, event: gr.EventData, request: gr.Request) -> str:
+        try:
+            return self.studio.find(event.id, self._owner(token, request)).job_id
+        except DualParalError as error:
+            raise one_sentence(error) from None
+
+    def _tick(self, token: str, request: gr.Request) -> tuple[str, str]:
+        return panels.engine_chip(self.studio), panels.queue(self.studio, self._owner(token, request))
+
+    def _newest(self, token: str, job_id: str, request: gr.Request) -> tuple[Any, Any]:
+        if not job_id:
+            return gr.skip(), gr.skip()
+        return gallery.render(self.studio, self._owner(token, request), 0, self.root)
+
+    def _turn(self, token: str, event: gr.EventData, request: gr.Request) -> tuple[str, int]:
+        page = int(event.id) if str(event.id).isdecimal() else 0
+        return gallery.render(self.studio, self._owner(token, request), min(page, 10**6), self.root)
+
+    def _delete(self, token: str, page: int, event: gr.EventData, request: gr.Request) -> tuple[str, int]:
+        owner = self._owner(token, request)
+        try:
+            self.studio.delete(event.id, owner)
+        except DualParalError as error:
+            raise one_sentence(error) from None
+        return gallery.render(self.studio, owner, page, self.root)
+
+    def _reuse(self, token: str, event: gr.EventData, request: gr.Request) -> list[Any]:
+        try:
+            found = self.studio.find(event.id, self._owner(token, request))
+            return form.fill(self.studio, found.request)
+        except DualParalError as error:
+            raise one_sentence(error) from None
+
+    def _restore(self, path: str | None) -> list[Any]:
+        try:
+            if path is None:
+                raise RequestError("no file arrived; drop an mp4 made here")
+            return [None, *form.fill(self.studio, read_settings(Path(path)))]
+        except DualParalError as error:
+            raise one_sentence(error) from None
+
+    def _choose_preset(self, name: str) -> list[Any]:
+        try:
+            return form.choose_preset(self.studio, name)
+        except DualParalError as error:
+            raise one_sentence(error) from None
+
+    def _estimate(self, *values: Any) -> str:
+        values = (values[0] or "-", *values[1:])  # the cost does not depend on the prompt
+        try:
+            return self._estimate_of(*form.read(self.studio, values))
+        except DualParalError as error:
+            return panels.estimate_problem(str(error))
+
+    def _estimate_of(self, request: GenerationRequest, preset_name: object) -> str:
+        return panels.estimate_line(self.studio.estimate(request, preset_name))
+
+    def _close(self, request: gr.Request) -> None:
+        self._following.pop(str(request.session_hash), None)
+
+    def _owner(self, token: object, request: gr.Request | None) -> str:
+        return owners.owner_of(token, getattr(request, "username", None))
+
+
+def theme() -> gr.themes.Base:
+    """System fonts (nothing is fetched), a neutral ground, one accent."""
+    return gr.themes.Base(
+        primary_hue="teal", neutral_hue="stone",
+        font=["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"],
+        font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+    )  # fmt: skip

@@ -1,0 +1,178 @@
+"""The page's words: what a job's state, results, the queue and the engine look like as HTML. Everything is escaped here."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import quote
+
+from dualparal.core.plan import BlockPlan
+from dualparal.core.schedule import make_schedule
+from dualparal.events import Failed, Progress
+from dualparal.ui import charts
+from dualparal.ui.estimate import Estimate
+from dualparal.ui.snapshot import Snapshot
+from dualparal.ui.studio import Studio
+from dualparal.ui.words import duration, length, safe, short, size
+
+ENGINE_WORDS = {
+    "starting": "Loading the model", "ready": "Ready", "restarting": "Restarting after a fault",
+    "failed": "Not available", "closed": "Closed",
+}  # fmt: skip
+
+
+def file_url(path: Path, root: str) -> str:
+    """Where the browser finds a file of the outputs folder."""
+    return f"{root}gradio_api/file={quote(str(path))}"
+
+
+def engine_chip(studio: Studio) -> str:
+    """The line at the top right: is it ready, what is loaded, on how many stages."""
+    engine = studio.engine
+    state = engine.state if engine.state in ENGINE_WORDS else "starting"
+    stages = f"{engine.ranks} stage{'s' * (engine.ranks != 1)} on {safe(studio.device)}"
+    why = f'<p class="engine-error" role="alert">{safe(engine.error)}</p>' if engine.state == "failed" and engine.error else ""
+    return (
+        f'<div class="chip {state}" role="status"><i></i><b>{ENGINE_WORDS[state]}</b>'
+        f"<span>{safe(engine.preset.title)}</span><span>{stages}</span></div>{why}"
+    )
+
+
+def estimate_line(estimate: Estimate) -> str:
+    """Frames, blocks, time and memory of the chosen settings, before Generate."""
+    facts = [f"<b>{estimate.num_frames}</b> frames", f"<b>{estimate.seconds:.1f}</b> s"]
+    facts.append(f"<b>{estimate.num_blocks}</b> block{'s' * (estimate.num_blocks != 1)}")
+    if estimate.time_s is not None:
+        facts.append(f"about <b>{duration(estimate.time_s)}</b> to make")
+    if estimate.bytes_per_rank is not None:
+        facts.append(f"<b>{size(estimate.bytes_per_rank)}</b> per stage")
+    note = f'<p role="alert">{safe(estimate.refusal)}</p>' if estimate.refusal else ""
+    kind = "estimate bad" if note else "estimate"
+    return f'<div class="{kind}"><span>{"</span><span>".join(facts)}</span>{note}</div>'
+
+
+def estimate_problem(message: str) -> str:
+    """In place of the estimate when the settings are not usable."""
+    return f'<div class="estimate bad"><p role="alert">{safe(message)}</p></div>'
+
+
+def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
+    """State and detail of a job, as two short plain texts."""
+    if found.state == "queued":
+        if studio.engine.state in ("starting", "restarting"):
+            return "Waiting", "the model is loading" if studio.engine.state == "starting" else "the engine is restarting"
+        ahead = "next in line" if found.position == 0 else f"{found.position} ahead of you"
+        wait_s = studio.starts_in_s(found.job_id)
+        return "Waiting", ahead + (f", starts in about {duration(wait_s)}" if wait_s else "")
+    if found.state == "running":
+        progress = found.progress
+        if progress is None:
+            return "Preparing", "reading the prompt"
+        share = progress.items_done / max(1, progress.num_items)
+        eta = f"about {duration(progress.eta_s)} left" if progress.eta_s is not None else "estimating the time left"
+        return f"Denoising {share * 100:.0f} %", eta
+    kept = f"{length(found.num_frames, found.request.fps or 16)} kept" if found.video else "no block was finished"
+    if found.state == "finished":
+        made = found.timings.get("total_s")
+        return "Done", length(found.num_frames, found.request.fps or 16) + (f", made in {duration(made)}" if made else "")
+    if found.state == "cancelled":
+        return "Stopped", kept
+    if found.state == "failed":
+        message = found.final.message if isinstance(found.final, Failed) else "the job failed"
+        return "Failed", f"{message} ({kept})"
+    return "Interrupted", f"the server ended while this ran ({kept})"
+
+
+def first_frames_in_s(found: Snapshot, progress: Progress) -> float | None:
+    """Seconds until the first block is through, from the schedule and the time left for all of it."""
+    request = found.request
+    if progress.eta_s is None or not request.latents_num or not request.num_per_block:
+        return None
+    plan = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat or 0)
+    items = items_to_first_block(str(request.schedule), plan, progress.num_steps)
+    left = max(1, progress.num_items - progress.items_done)
+    return progress.eta_s * max(0, items - progress.items_done) / left
+
+
+@lru_cache(maxsize=64)
+def items_to_first_block(policy: str, plan: BlockPlan, num_steps: int) -> int:
+    """How many block steps have been run when the first block is finished."""
+    items = make_schedule(policy, plan, (0,) * num_steps).items
+    return 1 + next(item.index for item in items if item.block == 0 and item.step == num_steps - 1)
+
+
+def board(found: Snapshot, studio: Studio) -> str:
+    """Under the video: state, time left, first frames, the strip of blocks, the stages' meters."""
+    head, detail = headline(found, studio)
+    alert = ' role="alert"' if found.state == "failed" else ' role="status"'
+    first = found.timings.get("first_frames_s")
+    if first is None and found.blocks and found.started:
+        first = found.blocks[0].time_s - found.started.time_s
+    progress = found.progress
+    first_words = ""
+    if first is not None:
+        first_words = f'<span class="first">first frames after {duration(first)}</span>'
+    elif progress is not None and (wait_s := first_frames_in_s(found, progress)) is not None:
+        first_words = f'<span class="first">first frames in about {duration(wait_s)}</span>'
+    share = 1.0 if found.state == "finished" else progress.items_done / max(1, progress.num_items) if progress else 0.0
+    return (
+        f'<section class="board {found.state}" data-job="{safe(found.job_id)}" data-state="{found.state}">'
+        f'<p class="headline"{alert}><i></i><b>{safe(head)}</b><span>{safe(detail)}</span>{first_words}</p>'
+        f'<div class="progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share * 100:.0f}" '
+        f'aria-label="progress"><i style="--done:{share:.4f}"></i></div>'
+        f"{charts.strip(found)}{charts.meters(progress if found.state == 'running' else None)}"
+        f'<p class="asked">“{safe(short(found.request.prompt, 160))}”</p></section>'
+    )
+
+
+def result(found: Snapshot, root: str) -> str:
+    """After a job: download, timings, the stages' timeline, the settings as JSON. '' while it runs."""
+    if not found.is_ended:
+        return ""
+    request, video = found.request, found.video
+    download = ""
+    if video is not None:
+        url = safe(file_url(video, root))
+        megabytes = size(video.stat().st_size) if video.is_file() else ""
+        name = f"dualparal-{found.job_id}.mp4"
+        download = f'<a class="download" href="{url}" download="{name}">Download mp4 <span>{megabytes}</span></a>'
+    timings = found.timings
+    bar = f"<h3>Where the time went</h3>{charts.timings_bar(timings)}" if timings else ""
+    plot = charts.timeline(found.spans)
+    plot = f"<h3>When each stage worked</h3>{plot}" if plot else ""
+    settings = json.dumps(request.model_dump(exclude_none=True), ensure_ascii=False, indent=2)
+    facts = {"size": f"{request.width}×{request.height}", "seed": request.seed, "steps": request.num_inference_steps,
+             "guidance": f"{request.guidance_scale:g}", "job": found.job_id}  # fmt: skip
+    if timings.get("total_s"):
+        facts["total"] = duration(timings["total_s"])
+    told = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())
+    stored = f'<summary>Settings as JSON</summary><pre tabindex="0">{safe(settings)}</pre>'
+    return (
+        f'<section class="result"><div class="result-top"><dl>{told}</dl>{download}</div>{bar}{plot}'
+        f'<details class="settings">{stored}</details></section>'
+    )
+
+
+def queue(studio: Studio, owner: str) -> str:
+    """Everybody's place in line: own jobs with prompt and buttons, others' as nameless rows. '' when nobody waits."""
+    jobs = studio.engine.jobs()
+    if len(jobs) < 2 and not any(job.owner == owner for job in jobs):
+        return ""
+    rows = []
+    for place, job in enumerate(jobs):
+        fps = job.request.fps or 16
+        running = job.state == "running"
+        wait_s = None if running else studio.starts_in_s(job.id)
+        when = "running" if running else f"starts in about {duration(wait_s)}" if wait_s else f"place {place + 1}"
+        long = f"{((job.request.latents_num or 1) * 4 - 3) / fps:.1f} s"
+        if owner and job.owner == owner:
+            name = safe(short(job.request.prompt, 70)) or "no prompt"
+            buttons = (
+                f'<button type="button" data-do="show" data-id="{job.id}">Watch</button>'
+                f'<button type="button" data-do="halt" data-id="{job.id}">Stop</button>'
+            )
+            rows.append(f'<li class="own"><span class="what">{name}</span><span>{long} · {when}</span>{buttons}</li>')
+        else:
+            rows.append(f'<li><span class="what">Someone else’s video</span><span>{long} · {when}</span></li>')
+    return f'<section class="queue"><h3>In line</h3><ol>{"".join(rows)}</ol></section>'

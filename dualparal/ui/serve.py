@@ -1,0 +1,142 @@
+"""`python -m dualparal serve` and `app.py`: start the engine in the background, open the page at once, close both at the end.
+
+Gradio's own variables (GRADIO_SERVER_PORT, GRADIO_SERVER_NAME, GRADIO_ROOT_PATH ...) hold where no flag is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from dualparal.errors import DualParalError
+from dualparal.presets import find_preset, load_presets
+from dualparal.runtime.journal import outputs_folder
+from dualparal.ui.page import HERE, Page, theme
+from dualparal.ui.studio import Studio
+
+if TYPE_CHECKING:
+    from dualparal.runtime.engine import Engine
+
+log = logging.getLogger(__name__)
+
+MAX_UPLOAD = "500mb"
+WAITING_CALLS = 256  # Gradio's own queue only carries calls; jobs wait in the engine's
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = argparse.ArgumentParser(prog="dualparal serve", description="Serve the page and the API.")
+    flags.add_argument("--preset", "--model", dest="model", default=None, help="preset, hub id or folder (default: pocket)")
+    flags.add_argument("--ranks", type=int, default=1, help="stages that the model's layers are split over")
+    flags.add_argument("--device", default="cpu", help="cpu or cuda")
+    flags.add_argument("--dtype", default=None, help="dtype of the DiT (default: the preset's)")
+    flags.add_argument("--threads", type=int, default=None, help="CPU threads per rank")
+    flags.add_argument("--host", default=None, help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
+    flags.add_argument("--port", type=int, default=None, help="port (default: GRADIO_SERVER_PORT or the first free from 7860)")
+    flags.add_argument("--auth", default=None, metavar="USER:PASSWORD", help="ask for this login; several with commas")
+    flags.add_argument("--outputs", type=Path, default=None, help="folder of videos (default: DUALPARAL_OUTPUTS or ./outputs)")
+    flags.add_argument("--presets-folder", "--presets", type=Path, default=None, help="a folder of your own presets")
+    flags.add_argument("--max-queue", type=int, default=32, help="most jobs that may wait")
+    flags.add_argument("--root-path", default=None, help="path behind a proxy, such as /studio")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until it is stopped. Returns the exit code."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        engine = open_engine(arguments)
+    except DualParalError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        engine.start(wait=False)
+        studio = Studio(engine, load_presets(arguments.presets_folder), device=arguments.device)
+        page = launch(
+            studio, host=arguments.host, port=arguments.port, auth=logins(arguments.auth), root_path=arguments.root_path
+        )
+        stopped.wait()
+        page.close(verbose=False)
+    except (DualParalError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    finally:
+        engine.close()
+    return 0
+
+
+def open_engine(arguments: argparse.Namespace) -> Engine:
+    """The engine that the flags describe, checked but not started."""
+    from dualparal.runtime.engine import Engine
+
+    presets = load_presets(arguments.presets_folder)
+    model = arguments.model or "pocket"
+    return Engine(
+        model, ranks=arguments.ranks, device=arguments.device, dtype=arguments.dtype, threads=arguments.threads,
+        preset=find_preset(model, presets), outputs=arguments.outputs, max_queue=arguments.max_queue,
+    )  # fmt: skip
+
+
+def launch(
+    studio: Studio, *, host: str | None = None, port: int | None = None, auth: list[tuple[str, str]] | None = None,
+    root_path: str | None = None, quiet: bool = False,
+) -> gr.Blocks:  # fmt: skip
+    """Open the page for `studio` in background threads and return it; `.local_url` is its address, `.close()` ends it."""
+    outputs = outputs_folder(studio.outputs).resolve()
+    outputs.mkdir(parents=True, exist_ok=True)
+    root = root_path if root_path is not None else os.environ.get("GRADIO_ROOT_PATH", "")
+    # Videos are served where they lie: Gradio would copy each one it shows, and hash it, into its own cache.
+    gr.set_static_paths([outputs])
+    page = Page(studio, root).build()
+    page.queue(api_open=False, max_size=WAITING_CALLS, default_concurrency_limit=16)
+    page.launch(
+        server_name=host, server_port=port, root_path=root_path, auth=auth, prevent_thread_lock=True, quiet=quiet,
+        allowed_paths=[str(outputs)], max_file_size=MAX_UPLOAD, show_error=False, strict_cors=True, enable_monitoring=False,
+        run_history=False, ssr_mode=False, share=False, pwa=False, footer_links=["api", "settings"], theme=theme(),
+        css=(HERE / "style.css").read_text(encoding="utf-8"), app_kwargs={"routes": health_routes(studio)},
+        favicon_path=str(HERE / "favicon.svg"),
+    )  # fmt: skip
+    return page
+
+
+def health_routes(studio: Studio) -> list[Route]:
+    """/healthz: this process answers. /readyz: the model is loaded (503 until then)."""
+
+    async def healthz(_: Request) -> JSONResponse:
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(_: Request) -> JSONResponse:
+        state = studio.engine.state
+        about: dict[str, Any] = {"state": state, "model": studio.engine.preset.name}
+        if state == "failed":
+            about["error"] = studio.engine.error
+        return JSONResponse(about, status_code=200 if state == "ready" else 503)
+
+    return [Route("/healthz", healthz), Route("/readyz", readyz)]
+
+
+def logins(text: str | None) -> list[tuple[str, str]] | None:
+    """`user:password,user:password` as pairs; raises `DualParalError` for anything else."""
+    if not text:
+        return None
+    pairs = [tuple(part.split(":", 1)) for part in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise DualParalError("--auth wants USER:PASSWORD, several separated by commas")
+    return [(pair[0], pair[1]) for pair in pairs]
