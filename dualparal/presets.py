@@ -6,7 +6,6 @@ unknown key is an error that names the nearest valid one.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dualparal.errors import PresetError, RequestError
-from dualparal.request import GenerationRequest, ScheduleName, frames_of_latents, shown
+from dualparal.request import GenerationRequest, ScheduleName, frames_of_latents, nearest, shown
 
 PACKAGE = Path(__file__).resolve().parent
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -109,8 +108,8 @@ def _checked(name: str, values: dict[str, Any], where: str) -> Preset:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             valid = Limits.model_fields if key.startswith("limits.") else Preset.model_fields
-            near = difflib.get_close_matches(key.split(".")[-1], list(valid), n=1, cutoff=0.0)
-            raise PresetError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?") from None
+            near = nearest(key.split(".")[-1], list(valid))
+            raise PresetError(f"{where}: unknown key {shown(key)}; did you mean '{near}'?") from None
         raise PresetError(f"{where}: {key}={shown(first['input'])}: {first['msg']}") from None
 
 
@@ -148,7 +147,6 @@ def find_preset(model: str, presets: dict[str, Preset] | None = None) -> Preset:
         if preset.model == model:
             return preset
     if not os.path.isdir(model) and not HUB_ID.fullmatch(model):
-        near = difflib.get_close_matches(model[:100], list(presets), n=1, cutoff=0.0)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{nearest(model, list(presets))}'?" if presets else ""
         raise PresetError(f"{shown(model)} is neither a preset, a folder nor a hub id (owner/name){hint}")
     return Preset(model=model)

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import secrets
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -199,7 +200,7 @@ def _one_sentence(error: ValidationError) -> RequestError:
     field = str(first["loc"][0]) if first["loc"] else "request"
     if first["type"] == "extra_forbidden":
         known = list(GenerationRequest.model_fields)
-        near = difflib.get_close_matches(field[:100], known, n=1, cutoff=0.0)[0]
+        near = nearest(field, known)
         name = field if field.isidentifier() and len(field) <= 60 else shown(field)
         return RequestError(
             f"{name} is not a field of a request; did you mean {near}? (known fields: {', '.join(known)})", name
@@ -208,6 +209,12 @@ def _one_sentence(error: ValidationError) -> RequestError:
         return RequestError(f"{field} is missing: {_describe(field)}", field)
     what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return RequestError(f"{field}={shown(first['input'])}: {what} ({_describe(field)})", field)
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """The one of `known` that a misspelt or shortened `key` most likely means."""
+    longer = [name for name in known if key and key.lower() in name]
+    return longer[0] if longer else difflib.get_close_matches(key[:100], known, n=1, cutoff=0.0)[0]
 
 
 def shown(value: object) -> str:

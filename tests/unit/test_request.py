@@ -1,0 +1,304 @@
+"""A request is usable or refused in one sentence, and seconds, frames and latent frames agree."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualparal.errors import RequestError
+from dualparal.presets import Limits, Preset
+from dualparal.request import (
+    MAX_LATENTS,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    GenerationRequest,
+    frames_of_latents,
+    latents_of_seconds,
+)
+
+PRESET = Preset(limits=Limits(seconds=20_000))
+OPTIONAL = [name for name, info in GenerationRequest.model_fields.items() if not info.is_required()]
+TEXT = ("prompt", "negative_prompt")
+NUMBERS = [name for name in OPTIONAL if name not in (*TEXT, "schedule")]
+WHOLE = ["latents_num", "num_frames", "height", "width", "fps", "num_inference_steps", "seed", "num_per_block", "num_cat"]
+# field: (values that are fine, values that are not)
+RANGES: dict[str, tuple[list[object], list[object]]] = {
+    "latents_num": ([1, 40, MAX_LATENTS, 40.0], [0, -1, MAX_LATENTS + 1, 1.5]),
+    "num_frames": ([1, 5, 157], [0, -3, 2, 3, 4, 156, 10**9 + 1, 5.5]),
+    "seconds": ([0.01, 5, 25_000], [0, -1, 25_001, 1e300]),
+    "height": ([16, 480, 8192], [0, -16, 8, 17, 481, 8208, 10**9]),
+    "width": ([16, 832, 8192], [0, -16, 8, 17, 833, 8208, 10**9]),
+    "fps": ([1, 16, 120], [0, -16, 121, 23.976]),
+    "num_inference_steps": ([1, 50, 1000], [0, -1, 1001, 2.5]),
+    "guidance_scale": ([0, 1, 5.5, 100], [-0.1, 100.1]),
+    "guidance_scale_2": ([0, 1, 5.5, 100], [-0.1, 100.1]),
+    "boundary_ratio": ([0, 0.875, 1], [-0.1, 1.1]),
+    "flow_shift": ([0.1, 12, 100], [0, -3, 101]),
+    "seed": ([0, 7, MAX_SEED], [-1, MAX_SEED + 1, 10**5000, 0.5]),
+    "num_per_block": ([1, 8, 1024], [0, -8, 1025, 8.5]),
+    "num_cat": ([0, 8, 1024], [-1, 1025, 0.5]),
+}
+
+
+def refused(**values: object) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        GenerationRequest(**values)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert 10 < len(text) < 600
+    assert "pydantic" not in text
+    return caught.value
+
+
+def test_every_number_has_a_row() -> None:
+    assert set(RANGES) == set(NUMBERS)
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_range(field: str) -> None:
+    good, bad = RANGES[field]
+    for value in good:
+        assert getattr(GenerationRequest(prompt="x", **{field: value}), field) == value
+    for value in bad:
+        error = refused(prompt="x", **{field: value})
+        assert error.field == field
+        assert str(error).startswith(f"{field}=")
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        "",
+        "many",
+        "<b>5</b>",
+        [5],
+        (5,),
+        {"a": 5},
+        True,
+        False,
+        b"\xff",
+        5j,
+        object(),
+        "9" * 100_000,
+    ],
+)
+def test_wrong_type_of_number(field: str, value: object) -> None:
+    assert refused(prompt="x", **{field: value}).field == field
+
+
+@pytest.mark.parametrize("field", OPTIONAL)
+def test_none_means_from_the_preset(field: str) -> None:
+    assert getattr(GenerationRequest(prompt="x", **{field: None}), field) is None
+    assert getattr(GenerationRequest(prompt="x"), field) is None
+
+
+@pytest.mark.parametrize("field", TEXT)
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (5, "string"),
+        (["x"], "string"),
+        (b"x", "string"),
+        (True, "true and false"),
+        (math.nan, "string"),
+        ("x" * (MAX_PROMPT_CHARS + 1), "4001 characters are too many; the limit is 4000"),
+        ("y\n" * 50_000, "100000 characters"),
+        ("\ud800", "surrogate"),
+    ],
+)
+def test_wrong_text(field: str, value: object, words: str) -> None:
+    error = refused(**{"prompt": "x", field: value})
+    assert error.field == field
+    assert words in str(error)
+
+
+@pytest.mark.parametrize("value", [None, 5, "", "zigzag", "PAPER", ["paper"]])
+def test_schedule(value: object) -> None:
+    assert GenerationRequest(prompt="x", schedule="paper").schedule == "paper"
+    if value is not None:
+        assert "paper" in str(refused(prompt="x", schedule=value))
+
+
+def test_prompt_is_needed() -> None:
+    assert str(refused()) == "prompt is missing: what the video shows"
+    assert refused(prompt=None).field == "prompt"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "<script>alert(1)</script>", "日本語 🦊", "a\nb\tc", "x" * MAX_PROMPT_CHARS, "{not: json}", "%s \\ ' \""]
+)
+def test_prompt_is_kept_as_it_is(prompt: str) -> None:
+    assert GenerationRequest(prompt=prompt).prompt == prompt
+
+
+def test_control_characters_are_dropped() -> None:
+    assert GenerationRequest(prompt="a\0b\x1b[31mc\x7f\r\nd").prompt == "ab[31mc\nd"
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("promt", "prompt"),
+        ("hieght", "height"),
+        ("steps", "num_inference_steps"),
+        ("num_frame", "num_frames"),
+        ("Seed", "seed"),
+    ],
+)
+def test_unknown_field_names_the_nearest(key: str, near: str) -> None:
+    error = refused(prompt="x", **{key: 1})
+    assert f"{key} is not a field of a request; did you mean {near}?" in str(error)
+    assert error.field == key
+
+
+@pytest.mark.parametrize("key", ["self", "a b", "x\ny", "k" * 100_000, "", "__class__", "model_config"])
+def test_odd_unknown_fields(key: str) -> None:
+    refused(prompt="x", **{key: 1})
+
+
+def test_sizes_and_frames_name_the_way_out() -> None:
+    assert "use 480 or 496" in str(refused(prompt="x", height=481))
+    assert "use 153 or 157" in str(refused(prompt="x", num_frames=156))
+    assert "latents_num and seconds both give the length" in str(refused(prompt="x", seconds=3, latents_num=4))
+    assert "use num_cat between 0 and 4" in str(refused(prompt="x", num_per_block=4, num_cat=5))
+
+
+def test_errors_cross_process_borders() -> None:
+    error = pickle.loads(pickle.dumps(refused(prompt="x", height=481)))
+    assert error.field == "height"
+    assert isinstance(error, ValueError)
+
+
+def test_requests_are_frozen_and_picklable() -> None:
+    request = GenerationRequest(prompt="x", seed=3)
+    assert pickle.loads(pickle.dumps(request)) == request
+    with pytest.raises(ValueError, match="frozen"):
+        request.seed = 4  # type: ignore[misc]
+
+
+@given(st.floats(0.001, 25_000), st.integers(1, 120))
+def test_seconds_become_the_fewest_frames_that_last_as_long(seconds: float, fps: int) -> None:
+    frames = frames_of_latents(latents_of_seconds(seconds, fps))
+    wanted = seconds * fps
+    assert frames >= 1
+    assert frames > wanted - 1e-6
+    if wanted > 1:
+        assert frames < wanted + 4
+        assert frames == pytest.approx(4 * math.ceil((wanted - 1) / 4 - 1e-9) + 1)
+    else:
+        assert frames == 1
+
+
+@given(st.integers(1, MAX_LATENTS), st.integers(1, 120))
+def test_the_length_of_a_video_gives_that_video_again(latents_num: int, fps: int) -> None:
+    frames = frames_of_latents(latents_num)
+    assert frames % 4 == 1
+    assert latents_of_seconds(frames / fps, fps) == latents_num
+
+
+@given(st.integers(1, 1000))
+def test_each_way_to_give_the_length_agrees(latents_num: int) -> None:
+    frames = frames_of_latents(latents_num)
+    ways = ({"latents_num": latents_num}, {"num_frames": frames}, {"seconds": frames / 16})
+    lengths = {GenerationRequest(prompt="x", **way).resolve(PRESET).latents_num for way in ways}  # type: ignore[arg-type]
+    assert lengths == {latents_num}
+
+
+def test_resolve_fills_everything_from_the_preset() -> None:
+    preset = Preset(
+        seconds=9.8, height=96, width=64, fps=8, num_inference_steps=7, guidance_scale=2.5, flow_shift=4.0,
+        num_per_block=6, num_cat=3, negative_prompt="ugly",
+    )  # fmt: skip
+    resolved = GenerationRequest(prompt="a fox", seed=5).resolve(preset)
+    assert resolved.model_dump() == {
+        "prompt": "a fox", "negative_prompt": "ugly", "latents_num": 21, "num_frames": None, "seconds": None, "height": 96,
+        "width": 64, "fps": 8, "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_scale_2": 2.5,
+        "boundary_ratio": None, "flow_shift": 4.0, "seed": 5, "num_per_block": 6, "num_cat": 3, "schedule": "paper",
+    }  # fmt: skip
+    assert resolved.is_resolved
+    assert not GenerationRequest(prompt="a fox").is_resolved
+    assert resolved.resolve(preset) == resolved
+    assert resolved.resolve(Preset()) == resolved, "a stored request does not depend on the preset any more"
+
+
+def test_own_values_win() -> None:
+    own = {
+        "prompt": "x", "negative_prompt": "", "latents_num": 3, "height": 32, "width": 48, "fps": 24,
+        "num_inference_steps": 2, "guidance_scale": 0.0, "guidance_scale_2": 0.0, "flow_shift": 1.0, "seed": 0,
+        "num_per_block": 2, "num_cat": 0, "schedule": "paper",
+    }  # fmt: skip
+    resolved = GenerationRequest(**own).resolve(Preset(negative_prompt="ugly"))
+    assert resolved.model_dump(exclude_none=True) == own, "zero and the empty text are values"
+
+
+def test_seed_is_drawn_once() -> None:
+    seeds = {GenerationRequest(prompt="x").resolve(PRESET).seed for _ in range(5)}
+    assert len(seeds) > 1
+    assert all(seed is not None and 0 <= seed < 2**31 for seed in seeds)
+
+
+def test_context_follows_a_shorter_block() -> None:
+    assert GenerationRequest(prompt="x", num_per_block=3).resolve(PRESET).num_cat == 3
+    with pytest.raises(RequestError, match="use num_cat between 0 and 8"):
+        GenerationRequest(prompt="x", num_cat=9).resolve(PRESET)
+
+
+def test_two_experts() -> None:
+    request, preset = GenerationRequest(prompt="x", guidance_scale=6.0), Preset(guidance_scale_2=3.0, boundary_ratio=0.9)
+    assert request.resolve(preset, num_experts=2, boundary_ratio=0.5).boundary_ratio == 0.9
+    assert request.resolve(preset, num_experts=2).guidance_scale_2 == 3.0
+    assert request.resolve(Preset(), num_experts=2, boundary_ratio=0.5).boundary_ratio == 0.5
+    assert request.resolve(Preset(), num_experts=2, boundary_ratio=0.5).guidance_scale_2 == 6.0
+    own = GenerationRequest(prompt="x", boundary_ratio=0.0, guidance_scale_2=0.0).resolve(preset, num_experts=2)
+    assert (own.boundary_ratio, own.guidance_scale_2) == (0.0, 0.0)
+    assert request.resolve(preset).boundary_ratio is None, "one expert has no boundary"
+    with pytest.raises(RequestError, match=r"give boundary_ratio \(0\.875"):
+        request.resolve(Preset(), num_experts=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "field"),
+    [
+        ({"seconds": 11}, "177 frames (11.1 s) are more than this preset's limit of 160 frames (10 s)", "seconds"),
+        ({"latents_num": 100}, "397 frames", "seconds"),
+        ({"num_inference_steps": 21}, "num_inference_steps=21 is more than this preset's limit of 20", "num_inference_steps"),
+        ({"num_per_block": 13}, "limit of 12", "num_per_block"),
+        ({"height": 496}, "height=496 x width=832 is more than this preset's limit of 399360 pixels", "height"),
+        ({"seconds": 25_000, "fps": 120}, "seconds=25000 is 750001 latent frames", "seconds"),
+    ],
+)
+def test_limits(values: dict[str, object], words: str, field: str) -> None:
+    preset = Preset(
+        num_inference_steps=20, limits=Limits(seconds=10, num_inference_steps=20, num_per_block=12, pixels=480 * 832)
+    )
+    GenerationRequest(prompt="x", seconds=10).resolve(preset)  # at the limit
+    GenerationRequest(prompt="x", num_per_block=12, height=832, width=480).resolve(preset)
+    with pytest.raises(RequestError) as caught:
+        GenerationRequest(prompt="x", **values).resolve(preset)
+    assert words in str(caught.value)
+    assert caught.value.field == field
+
+
+def test_json_round_trip() -> None:
+    request = GenerationRequest(prompt="日本 \u2028 \"'\\", seed=MAX_SEED, flow_shift=0.1 + 0.2)
+    assert GenerationRequest.from_json(request.to_json()) == request
+    assert "日本" in request.to_json()
+    assert set(json.loads(request.to_json())) == {"prompt", "seed", "flow_shift"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "5", "{", '{"prompt": 5}', "[" * 50_000, '{"prompt": "x", "seed": %s}' % ("1" * 9999)]
+)
+def test_json_of_strangers(text: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        GenerationRequest.from_json(text)
+    assert "\n" not in str(caught.value)
