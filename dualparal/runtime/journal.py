@@ -101,7 +101,7 @@ class JobFolder:
         """What `request.json` holds: job_id, created_s, request (a dictionary) and what `create` was given."""
         try:
             found = json.loads((self.path / "request.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OutputError(f"job {self.job_id} has no readable request.json: {error}") from None
         if not isinstance(found, dict):
             raise OutputError(f"job {self.job_id}: request.json does not hold an object")
