@@ -1,0 +1,197 @@
+"""A slow, obvious statement of METHOD.md in one process: what the engine's latents are compared with.
+
+Written from METHOD.md alone. It shares no line with `dualparal`: own block plan, noise, order of steps, attention, rotary
+positions and guidance, in explicit loops. Of diffusers it uses the layers' linear, norm and embedding modules and the scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from torch import Tensor
+
+
+class Twin:
+    """The method for one checkpoint folder, float32 on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = json.loads((folder / "model_index.json").read_text())
+        names = ["transformer"] + (["transformer_2"] if index["transformer_2"][0] is not None else [])
+        self.experts = [WanTransformer3DModel.from_pretrained(folder / name).eval() for name in names]
+
+    @torch.no_grad()
+    def run(
+        self,
+        *,
+        latents_num: int,
+        num_per_block: int,
+        num_cat: int,
+        steps: int,
+        texts: Sequence[Sequence[Tensor]],
+        text_of_block: Sequence[int] | None = None,
+        guidance: tuple[float, float] = (5.0, 5.0),
+        boundary_ratio: float | None = None,
+        flow_shift: float = 3.0,
+        seed: int = 0,
+        size: tuple[int, int] = (4, 4),
+    ) -> dict[int, Tensor]:
+        """Final latents of each block. `texts[i]` is [conditional] or [conditional, unconditional] embeddings."""
+        lengths = block_lengths(latents_num, num_per_block, num_cat)
+        num_blocks = len(lengths)
+        channels = self.experts[0].config.in_channels
+        now = dict(enumerate(initial_noise(lengths, num_per_block, num_cat, (channels, *size), seed)))
+        schedulers = {block: self._scheduler(steps, flow_shift) for block in range(num_blocks)}
+        timesteps = schedulers[0].timesteps
+        done = dict.fromkeys(range(num_blocks), 0)  # steps done by each block
+
+        sweep = 0
+        while any(count < steps for count in done.values()):
+            in_flight = [block for block in range(num_blocks) if block <= sweep and done[block] < steps]
+            before = {block: now[block].clone() for block in range(num_blocks)}  # all latents as this sweep finds them
+            ran_on: dict[int, int] = {}  # block -> expert, in this sweep
+            memory: dict[Any, tuple[Tensor, Tensor]] = {}  # (block, layer, expert, half) -> K, V left in this sweep
+            for block in sorted(in_flight, reverse=True):
+                t = timesteps[done[block]]
+                expert = 0
+                if boundary_ratio is not None and t < boundary_ratio * schedulers[block].config.num_train_timesteps:
+                    expert = 1
+                left = before[block - 1][:, :, max(0, lengths[block - 1] - num_cat) :] if block > 0 and num_cat > 0 else None
+                right, has_cache = None, False
+                if num_cat > 0 and block + 1 in ran_on:
+                    if ran_on[block + 1] == expert:
+                        has_cache = True
+                    else:
+                        right = before[block + 1][:, :, :num_cat]
+                pieces = [piece for piece in (left, now[block], right) if piece is not None]
+                num_left = 0 if left is None else left.shape[2]
+                text = texts[text_of_block[block] if text_of_block else 0]
+                outputs = []
+                for half, embedding in enumerate(text):
+                    outputs.append(
+                        self._forward(
+                            expert, torch.cat(pieces, dim=2), t, embedding, memory, block=block, half=half,
+                            num_left=num_left, num_own=lengths[block], num_cat=num_cat, has_cache=has_cache,
+                        )
+                    )  # fmt: skip
+                prediction = outputs[0]
+                if len(outputs) == 2:
+                    prediction = outputs[1] + guidance[expert] * (outputs[0] - outputs[1])
+                ran_on[block] = expert
+                step = schedulers[block].step(prediction.clone(), t, now[block].clone(), return_dict=False)
+                now[block] = step[0].clone()
+                done[block] += 1
+            sweep += 1
+        return now
+
+    def _scheduler(self, steps: int, flow_shift: float) -> UniPCMultistepScheduler:
+        scheduler = UniPCMultistepScheduler.from_pretrained(self.folder / "scheduler", flow_shift=flow_shift)
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    def _forward(
+        self, expert: int, window: Tensor, t: Tensor, embedding: Tensor, memory: dict[Any, tuple[Tensor, Tensor]],
+        *, block: int, half: int, num_left: int, num_own: int, num_cat: int, has_cache: bool,
+    ) -> Tensor:  # fmt: skip
+        """One pass of one guidance half through all layers; returns the own frames' part of the output."""
+        model = self.experts[expert]
+        _, _, num_frames, height, width = window.shape
+        _, patch_h, patch_w = model.config.patch_size
+        rows, columns = height // patch_h, width // patch_w
+        per_frame = rows * columns
+        x = model.patch_embedding(window).flatten(2).transpose(1, 2)  # frame-major tokens
+        temb, projected, text, _ = model.condition_embedder(t.reshape(1), embedding, None)
+        modulation = projected.reshape(1, 6, -1)
+        for number, layer in enumerate(model.blocks):
+            six = layer.scale_shift_table + modulation
+            shift1, scale1, gate1, shift2, scale2, gate2 = (six[:, i : i + 1] for i in range(6))
+
+            y = layer.norm1(x) * (1 + scale1) + shift1
+            query, key, value = layer.attn1.to_q(y), layer.attn1.to_k(y), layer.attn1.to_v(y)
+            own_first = slice(num_left * per_frame, (num_left + min(num_cat, num_own)) * per_frame)
+            memory[block, number, expert, half] = (key[:, own_first].clone(), value[:, own_first].clone())
+            if has_cache:
+                cached_key, cached_value = memory[block + 1, number, expert, half]
+                key, value = torch.cat([key, cached_key], dim=1), torch.cat([value, cached_value], dim=1)
+            query, key = layer.attn1.norm_q(query), layer.attn1.norm_k(key)
+            query = self._rotate(query, model, rows, columns)
+            key = self._rotate(key, model, rows, columns)
+            x = x + layer.attn1.to_out[0](attention(query, key, value, layer.attn1.heads)) * gate1
+
+            y = layer.norm2(x)
+            query = layer.attn2.norm_q(layer.attn2.to_q(y))
+            key, value = layer.attn2.norm_k(layer.attn2.to_k(text)), layer.attn2.to_v(text)
+            x = x + layer.attn2.to_out[0](attention(query, key, value, layer.attn2.heads))
+
+            y = layer.norm3(x) * (1 + scale2) + shift2
+            x = x + layer.ffn(y) * gate2
+        shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        tokens = model.proj_out(model.norm_out(x) * (1 + scale) + shift)[0]  # [n, patch_h * patch_w * C]
+        out = torch.empty(1, model.config.out_channels, num_own, height, width)
+        for frame in range(num_own):
+            for row in range(rows):
+                for column in range(columns):
+                    token = tokens[((num_left + frame) * rows + row) * columns + column]
+                    patch = token.reshape(patch_h, patch_w, -1).permute(2, 0, 1)  # [C, patch_h, patch_w]
+                    top, start = row * patch_h, column * patch_w
+                    out[0, :, frame, top : top + patch_h, start : start + patch_w] = patch
+        return out
+
+    @staticmethod
+    def _rotate(tokens: Tensor, model: WanTransformer3DModel, rows: int, columns: int) -> Tensor:
+        """Rotary positions: frame, row and column counted from the first token, by upstream's table."""
+        heads = model.config.num_attention_heads
+        rope = model.rope
+        t_dim, h_dim = rope.t_dim, rope.h_dim
+        cos_table, sin_table = rope.freqs_cos.float(), rope.freqs_sin.float()
+        place = torch.arange(tokens.shape[1])
+        frame, row, column = place // (rows * columns), place // columns % rows, place % columns
+        ends = (slice(0, t_dim), slice(t_dim, t_dim + h_dim), slice(t_dim + h_dim, None))
+        cos = torch.cat([cos_table[at][:, end] for at, end in zip((frame, row, column), ends, strict=True)], dim=1)
+        sin = torch.cat([sin_table[at][:, end] for at, end in zip((frame, row, column), ends, strict=True)], dim=1)
+        x = tokens.unflatten(2, (heads, -1))  # [1, n, H, d]
+        even, odd = x[..., 0::2], x[..., 1::2]
+        cos, sin = cos[:, None, 0::2], sin[:, None, 0::2]  # the table holds each value twice
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        return turned.flatten(-2).flatten(2)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V, head by head; [1, n, D] each."""
+    out = []
+    for q, k, v in zip(query.chunk(heads, 2), key.chunk(heads, 2), value.chunk(heads, 2), strict=True):
+        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[2]), dim=-1)
+        out.append(weights @ v)
+    return torch.cat(out, dim=2)
+
+
+def block_lengths(latents_num: int, num_per_block: int, num_cat: int) -> list[int]:
+    """A first block of num_per_block + num_cat, then blocks of num_per_block, the last one shorter if need be."""
+    lengths: list[int] = []
+    while sum(lengths) < latents_num:
+        most = num_per_block if lengths else num_per_block + num_cat
+        lengths.append(min(most, latents_num - sum(lengths)))
+    return lengths
+
+
+def initial_noise(
+    lengths: Sequence[int], num_per_block: int, num_cat: int, shape: tuple[int, int, int], seed: int
+) -> list[Tensor]:
+    """The coordinated noise of METHOD.md, frame by frame."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    channels, height, width = shape
+    drawn = torch.randn(1, channels, num_per_block + num_cat, height, width, generator=generator)
+    pool = [drawn[:, :, i : i + 1] for i in range(num_per_block + num_cat)]
+    blocks = []
+    for length in lengths:
+        movable, last = pool[: len(pool) - num_cat], pool[len(pool) - num_cat :]
+        order = torch.randperm(len(movable), generator=generator).tolist()
+        pool = last + [movable[i] for i in order]
+        blocks.append(torch.cat(pool[len(pool) - length :], dim=2))
+    return blocks
