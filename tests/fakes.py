@@ -112,7 +112,7 @@ class FakeJob:
 
 
 class FakeEngine:
-    """See `Engine`. `item_s` is the time of one block step; a prompt with "fail" fails halfway, one with "die" kills workers."""
+    """See `Engine`. `item_s`: time of one block step. A prompt with "fail" fails halfway, one with "die" kills the workers."""
 
     def __init__(
         self, preset: Preset = FAKE_PRESET, *, ranks: int = 2, outputs: Path | None = None, max_queue: int = 32,

@@ -45,7 +45,7 @@ def add_endpoints(studio: Studio) -> None:
         for component, parameter in zip(made.inputs, _parameters(function), strict=True):
             component.label = MEANINGS[parameter.name]  # instead of Gradio's "1st", "2nd"
             component._api_info["additional_description"] = MEANINGS[parameter.name]
-        for component, label in zip(made.outputs, ("video", "status") if len(made.outputs) > 1 else (name,), strict=True):
+        for component, label in zip(made.outputs, ("the video", "where the job stands") if len(made.outputs) > 1 else ("where the job stands",), strict=True):
             component.label = label
 
 
@@ -80,7 +80,7 @@ class Calls:
         yield self._video(found), self._status(found)
 
     def submit(self, http: gr.Request, preset: Any, owner: Any, **fields: Any) -> dict:
-        """Queue a video and return at once. The status that comes back holds the `job_id` for /status, /cancel and /result."""
+        """Queue a video and return at once. The status that comes back holds the `job_id` that the other endpoints want."""
         return self._status(self._submit(preset, _owner(owner, http), fields))
 
     def status(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:

@@ -58,6 +58,8 @@ class Estimator:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        checkpoint = getattr(engine, "checkpoint", None)
+        self._model = str(checkpoint.folder) if checkpoint else engine.preset.model
         self._seconds_per_work: float | None = None
         self._learnt_at = -RELEARN_AFTER_S
 
@@ -97,7 +99,7 @@ class Estimator:
             return None
         try:
             record = folder.record()
-            if record.get("model") != self._engine.preset.model:
+            if record.get("model") != self._model or record.get("ranks", self._engine.ranks) != self._engine.ranks:
                 return None
             return (final.time_s - started.time_s) / work_of(GenerationRequest(**record["request"]))
         except (DualParalError, KeyError, TypeError, AssertionError):

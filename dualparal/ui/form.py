@@ -18,7 +18,7 @@ NAMES = (
     "prompt", "negative_prompt", "preset", "seconds", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2",
     "flow_shift", "boundary_ratio", "num_per_block", "num_cat", "schedule", "width", "height",
 )  # fmt: skip
-WHOLE = ("seed", "num_inference_steps", "num_per_block", "num_cat", "width", "height")
+WHOLE = ("num_inference_steps", "num_per_block", "num_cat", "width", "height")
 TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
 
 
@@ -55,9 +55,8 @@ def build(studio: Studio) -> Form:
     )  # fmt: skip
     parts["seconds"] = gr.Slider(**at["seconds"], label="Length in seconds", elem_id="seconds")
     with gr.Row(elem_classes="seed-row"):
-        parts["seed"] = gr.Number(
-            None, label="Seed", placeholder="a new one each time", precision=0, min_width=80, elem_id="seed"
-        )
+        # A text box: Gradio's Number shows an empty value as 0, and a browser's numbers end at 2**53.
+        parts["seed"] = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, min_width=80, elem_id="seed")
         dice = gr.Button("⚄", elem_id="dice", min_width=44, scale=0)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         for name, (label, info) in ADVANCED.items():
@@ -114,6 +113,7 @@ def read(studio: Studio, values: Sequence[Any]) -> tuple[GenerationRequest, Any]
             if not found[name].is_integer():
                 raise RequestError(f"{name}={found[name]:g} must be a whole number", name)
             found[name] = int(found[name])
+    found["seed"] = _seed(found["seed"])
     if not str(found["prompt"] or "").strip():
         raise RequestError("the prompt is empty; say what the video should show", "prompt")
     if found["seconds"] == 0:  # the slider's left end: a single picture
@@ -122,6 +122,15 @@ def read(studio: Studio, values: Sequence[Any]) -> tuple[GenerationRequest, Any]
         found["guidance_scale_2"] = found["boundary_ratio"] = None
     found["negative_prompt"] = found["negative_prompt"] or None
     return GenerationRequest(fps=preset.fps, **found), preset_name
+
+
+def _seed(text: object) -> int | None:
+    stripped = str(text or "").strip()
+    if not stripped:
+        return None
+    if not (stripped.isascii() and stripped.isdecimal()) or len(stripped) > 19:
+        raise RequestError("the seed must be a whole number from 0 on; leave it empty to draw a new one each time", "seed")
+    return int(stripped)
 
 
 def fill(studio: Studio, request: GenerationRequest, preset_name: object = None) -> list[Any]:
@@ -134,6 +143,7 @@ def fill(studio: Studio, request: GenerationRequest, preset_name: object = None)
     stored = resolved.model_dump()
     stored["preset"] = preset.name
     stored["seconds"] = (frames_of_latents(resolved.latents_num) - 1) / preset.fps
+    stored["seed"] = str(resolved.seed)
     if stored["negative_prompt"] == preset.negative_prompt:
         stored["negative_prompt"] = ""
     updates = []
@@ -164,6 +174,6 @@ def choose_preset(studio: Studio, preset_name: str) -> list[Any]:
     return updates
 
 
-def roll() -> int:
-    """A seed that a person can read and a browser can hold exactly."""
-    return random.randrange(10**6)
+def roll() -> str:
+    """A seed short enough to remember."""
+    return str(random.randrange(10**6))

@@ -52,7 +52,8 @@ def _card(found: Snapshot, root: str) -> str:
     )
     return (
         f'<li data-job="{job_id}"><button type="button" class="poster" data-do="show" data-id="{job_id}" '
-        f'aria-label="Show: {prompt}">{_poster(found, root)}</button><p class="prompt" title="{safe(request.prompt)}">{prompt}</p>'
+        f'aria-label="Show: {prompt}">{_poster(found, root)}</button>'
+        f'<p class="prompt" title="{safe(request.prompt)}">{prompt}</p>'
         f'<p class="facts">{" · ".join(facts)}</p><p class="facts">{ago(found.created_s)}</p>'
         f'<div class="actions">{buttons}</div></li>'
     )

@@ -7,6 +7,7 @@ HLS as they are (H.264, clocks that run on), so they are passed through untouche
 from __future__ import annotations
 
 import asyncio
+from abc import ABCMeta
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,20 @@ from gradio.data_classes import FileData
 from dualparal.events import BlockReady
 
 
-class LiveVideo(gr.Video):
-    """`gr.Video(streaming=True)` whose stream chunks are `BlockReady` events. An update with a path shows that file instead."""
+class _NoStub(type(gr.Video)):  # type: ignore[misc]
+    """Makes a component class without Gradio's side effect of writing a `.pyi` file beside this one."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], attrs: dict[str, Any]) -> Any:
+        return ABCMeta.__new__(cls, name, bases, attrs)
+
+
+class LiveVideo(gr.Video, metaclass=_NoStub):
+    """To be made with `streaming=True`. Its stream chunks are `BlockReady` events; an update with a path shows that file."""
 
     is_template = True  # use the Video's own front end
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(streaming=True, **kwargs)
-
     def get_block_name(self) -> str:
         return "video"
-
-    def get_config(self, cls: type[Any] | None = None) -> dict[str, Any]:
-        """All of the Video's properties: Gradio reads their names off the signature of `cls.__init__`."""
-        return super().get_config(cls or gr.Video)
 
     def postprocess(self, value: Any) -> Any:
         """A `BlockReady` stays itself for `stream_output`; a path becomes a file that is served where it lies."""

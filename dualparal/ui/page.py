@@ -88,11 +88,12 @@ class Page:
                     self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
                     self.stop = gr.Button("Stop", variant="stop", elem_id="stop", visible=False, scale=1, min_width=90)
                 self.restore = gr.File(
-                    label="Drop a video made here to restore its settings", file_types=[".mp4"], elem_id="restore", height=96
+                    label="Drop a video made here to restore its settings", file_types=[".mp4"], elem_id="restore", height=72
                 )
             with gr.Column(elem_id="stage", scale=7, min_width=320):
                 self.video = LiveVideo(
-                    label="Video", show_label=False, autoplay=True, interactive=False, buttons=[], elem_id="video"
+                    streaming=True, label="Live video", show_label=False, autoplay=True, interactive=False, buttons=[],
+                    elem_id="video",
                 )
                 with gr.Column(elem_id="idle") as self.idle:
                     gr.HTML(
@@ -116,8 +117,10 @@ class Page:
             js="(browser, hint) => [browser, sessionStorage.getItem('dualparal-job') || '']", **QUIET,
         )  # fmt: skip
         self._then_follow(opened)
-        begun = gr.on([self.generate.click, self.form.prompt.submit], self._start, [browser, *inputs], [self.job_id, self.queue],
-                      trigger_mode="multiple", **QUIET)  # fmt: skip
+        begun = gr.on(
+            [self.generate.click, self.form.prompt.submit], self._start, [browser, *inputs], [self.job_id, self.queue],
+            trigger_mode="multiple", **QUIET,
+        )  # fmt: skip
         self._then_follow(begun)
         for button, prompt in self.examples:
             filled = button.click(lambda prompt=prompt: prompt, None, self.form.prompt, **QUIET)
@@ -127,9 +130,9 @@ class Page:
         self.form.parts["preset"].input(self._choose_preset, self.form.parts["preset"], inputs, **QUIET)
         gr.on([part.change for part in inputs[2:]], self._estimate, inputs, self.estimate, trigger_mode="always_last", **QUIET)
         self.restore.upload(self._restore, self.restore, [self.restore, *inputs], **QUIET)
-        self.timer.tick(self._tick, [browser], overview, **QUIET)
+        self.timer.tick(self._tick, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
-        self.queue.halt(self._stop_this, [browser], overview, **QUIET)
+        self.queue.halt(self._stop_this, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.gallery.show(self._watch_this, [browser], self.job_id, **QUIET))
         self.gallery.reuse(self._reuse, [browser], inputs, **QUIET)
         self.gallery.remove(self._delete, [browser, self.gallery_page], [self.gallery, self.gallery_page], **QUIET)
@@ -152,7 +155,7 @@ class Page:
         job_id = self._reattach(hint, owner)
         shown, _ = gallery.render(self.studio, owner, 0, self.root)
         estimate = self._estimate_of(GenerationRequest(prompt=""), None)
-        return token, job_id, estimate, shown, panels.engine_chip(self.studio), panels.queue(self.studio, owner)
+        return token, job_id, estimate, shown, *self._overview(owner, job_id)
 
     def _reattach(self, hint: str, owner: str) -> str:
         """The job a freshly opened tab shows: the one it showed before, else the owner's running or next one."""
@@ -171,7 +174,7 @@ class Page:
             found = self.studio.submit(wanted, preset_name, owner=owner)
         except DualParalError as error:
             raise one_sentence(error) from None
-        return found.job_id, panels.queue(self.studio, owner)
+        return found.job_id, panels.queue(self.studio, owner, found.job_id)
 
     async def _follow(self, token: str, job_id: str, request: gr.Request) -> AsyncIterator[Any]:
         if not job_id:
@@ -193,9 +196,9 @@ class Page:
             raise one_sentence(error) from None
         return gr.update(value="Stopping…", interactive=False)
 
-    def _stop_this(self, token: str, event: gr.EventData, request: gr.Request) -> tuple[str, str]:
+    def _stop_this(self, token: str, job_id: str, event: gr.EventData, request: gr.Request) -> tuple[str, str]:
         self._stop(token, event.id, request)
-        return self._tick(token, request)
+        return self._tick(token, job_id, request)
 
     def _watch_this(self, token: str, event: gr.EventData, request: gr.Request) -> str:
         try:
@@ -203,8 +206,11 @@ class Page:
         except DualParalError as error:
             raise one_sentence(error) from None
 
-    def _tick(self, token: str, request: gr.Request) -> tuple[str, str]:
-        return panels.engine_chip(self.studio), panels.queue(self.studio, self._owner(token, request))
+    def _tick(self, token: str, job_id: str, request: gr.Request) -> tuple[str, str]:
+        return self._overview(self._owner(token, request), job_id)
+
+    def _overview(self, owner: str, watched: str) -> tuple[str, str]:
+        return panels.engine_chip(self.studio), panels.queue(self.studio, owner, watched)
 
     def _newest(self, token: str, job_id: str, request: gr.Request) -> tuple[Any, Any]:
         if not job_id:

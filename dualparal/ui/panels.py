@@ -154,10 +154,13 @@ def result(found: Snapshot, root: str) -> str:
     )
 
 
-def queue(studio: Studio, owner: str) -> str:
-    """Everybody's place in line: own jobs with prompt and buttons, others' as nameless rows. '' when nobody waits."""
+def queue(studio: Studio, owner: str, watched: str = "") -> str:
+    """Everybody's place in line: own jobs with prompt and buttons, others' as nameless rows.
+
+    '' when there is nothing to tell: nobody at work, or only the job `watched` in this tab.
+    """
     jobs = studio.engine.jobs()
-    if len(jobs) < 2 and not any(job.owner == owner for job in jobs):
+    if not jobs or [job.id for job in jobs] == [watched]:
         return ""
     rows = []
     for place, job in enumerate(jobs):
@@ -168,10 +171,9 @@ def queue(studio: Studio, owner: str) -> str:
         long = f"{((job.request.latents_num or 1) * 4 - 3) / fps:.1f} s"
         if owner and job.owner == owner:
             name = safe(short(job.request.prompt, 70)) or "no prompt"
-            buttons = (
-                f'<button type="button" data-do="show" data-id="{job.id}">Watch</button>'
-                f'<button type="button" data-do="halt" data-id="{job.id}">Stop</button>'
-            )
+            buttons = f'<button type="button" data-do="halt" data-id="{job.id}">Stop</button>'
+            if job.id != watched:
+                buttons = f'<button type="button" data-do="show" data-id="{job.id}">Watch</button>{buttons}'
             rows.append(f'<li class="own"><span class="what">{name}</span><span>{long} · {when}</span>{buttons}</li>')
         else:
             rows.append(f'<li><span class="what">Someone else’s video</span><span>{long} · {when}</span></li>')

@@ -9,7 +9,9 @@ import argparse
 import logging
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +22,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from dualparal import __version__
 from dualparal.errors import DualParalError
-from dualparal.presets import find_preset, load_presets
+from dualparal.model.source import POCKET_WEIGHTS
+from dualparal.presets import Limits, Preset, find_preset, load_presets
+from dualparal.runtime.devices import place
 from dualparal.runtime.journal import outputs_folder
 from dualparal.ui.page import HERE, Page, theme
 from dualparal.ui.studio import Studio
@@ -33,6 +38,12 @@ log = logging.getLogger(__name__)
 
 MAX_UPLOAD = "500mb"
 WAITING_CALLS = 256  # Gradio's own queue only carries calls; jobs wait in the engine's
+TINY_PRESET = Preset(
+    name="tiny", title="Tiny random model · 64×64", hardware="Any computer. Random weights: it shows how things work, not pictures.",
+    dtype="float32", seconds=4.0, height=64, width=64, num_inference_steps=12, guidance_scale=3.0, num_per_block=4, num_cat=2,
+    examples=("a red circle bouncing on a navy background",),
+    limits=Limits(seconds=60, num_inference_steps=100, num_per_block=16, pixels=256 * 256),
+)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="dualparal serve", description="Serve the page and the API.")
     flags.add_argument("--preset", "--model", dest="model", default=None, help="preset, hub id or folder (default: pocket)")
     flags.add_argument("--ranks", type=int, default=1, help="stages that the model's layers are split over")
-    flags.add_argument("--device", default="cpu", help="cpu or cuda")
+    flags.add_argument("--device", default="auto", help="auto, cpu or cuda")
     flags.add_argument("--dtype", default=None, help="dtype of the DiT (default: the preset's)")
     flags.add_argument("--threads", type=int, default=None, help="CPU threads per rank")
     flags.add_argument("--host", default=None, help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
@@ -68,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopped.set())
     try:
         engine.start(wait=False)
-        studio = Studio(engine, load_presets(arguments.presets_folder), device=arguments.device)
+        device = place(arguments.device, arguments.ranks)[0][0].split(":")[0]
+        studio = Studio(engine, load_presets(arguments.presets_folder), device=device)
         page = launch(
             studio, host=arguments.host, port=arguments.port, auth=logins(arguments.auth), root_path=arguments.root_path
         )
@@ -86,12 +98,30 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
     """The engine that the flags describe, checked but not started."""
     from dualparal.runtime.engine import Engine
 
-    presets = load_presets(arguments.presets_folder)
-    model = arguments.model or "pocket"
+    if arguments.model is None:
+        model, preset = default_model()
+    else:
+        model, preset = arguments.model, find_preset(arguments.model, load_presets(arguments.presets_folder))
     return Engine(
         model, ranks=arguments.ranks, device=arguments.device, dtype=arguments.dtype, threads=arguments.threads,
-        preset=find_preset(model, presets), outputs=arguments.outputs, max_queue=arguments.max_queue,
+        preset=preset, outputs=arguments.outputs, max_queue=arguments.max_queue,
     )  # fmt: skip
+
+
+def default_model() -> tuple[str, Preset | None]:
+    """What opens when nothing is asked for: the trained pocket model, or a tiny random one where it is not installed."""
+    if POCKET_WEIGHTS.is_dir() and "pocket" in (presets := load_presets()):
+        return "pocket", presets["pocket"]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "dualparal" / f"tiny-{__version__}"
+    if not (folder / "model_index.json").is_file():
+        if not os.access(next(parent for parent in folder.parents if parent.is_dir()), os.W_OK):
+            folder = Path(tempfile.mkdtemp(prefix="dualparal-")) / "tiny"
+        log.info("no trained pocket model is installed; writing a tiny random one to %s", folder)
+        made = subprocess.run([sys.executable, "-m", "dualparal", "tiny", str(folder)], capture_output=True, text=True)
+        if made.returncode:
+            raise DualParalError(f"the tiny model could not be written to {folder}: {made.stderr.strip()[-300:]}")
+    return str(folder), TINY_PRESET
 
 
 def launch(
