@@ -1,4 +1,4 @@
-"""What every test gets: tiny checkpoints, one torch thread, markers by folder, and a guard against what a test leaves behind."""
+"""What every test gets: tiny checkpoints, one torch thread, markers by folder, and a guard against what is left behind."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A slow, obvious statement of METHOD.md in one process: what the engine's latents are compared with.
 
 Written from METHOD.md alone. It shares no line with `dualparal`: own block plan, noise, order of steps, attention, rotary
-positions and guidance, in explicit loops. Of diffusers it uses the layers' linear, norm and embedding modules and the scheduler.
+positions and guidance, in explicit loops. Of diffusers it uses the layers' linear, norm and embedding modules, the table of
+rotary angles and the scheduler.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Twin:
     ) -> Tensor:  # fmt: skip
         """One pass of one guidance half through all layers; returns the own frames' part of the output."""
         model = self.experts[expert]
-        _, _, num_frames, height, width = window.shape
+        height, width = window.shape[3:]
         _, patch_h, patch_w = model.config.patch_size
         rows, columns = height // patch_h, width // patch_w
         per_frame = rows * columns

@@ -45,7 +45,9 @@ def write_tiny_checkpoint(
                 text_dim=32, freq_dim=32, ffn_dim=ffn_dim, num_layers=num_layers, rope_max_seq_len=1024,
             )  # fmt: skip
             _enliven(dit)
-            dit.to(dtype).save_pretrained(folder / component, max_shard_size=max_shard_size)
+            if dtype != torch.float32:
+                dit.to(dtype)
+            dit.save_pretrained(folder / component, max_shard_size=max_shard_size)
         vae = AutoencoderKLWan(
             base_dim=vae_dim, z_dim=z_dim, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
             latents_mean=[0.1 * i for i in range(z_dim)], latents_std=[1.0 + 0.1 * i for i in range(z_dim)],

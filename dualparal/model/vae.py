@@ -33,7 +33,7 @@ class StreamingDecoder:
     def load(cls, checkpoint: Checkpoint, *, device: str, dtype: torch.dtype = torch.float32) -> StreamingDecoder:
         """Read the VAE of `checkpoint`; raises `CheckpointError` when it is incomplete."""
         vae, info = AutoencoderKLWan.from_pretrained(
-            checkpoint.folder / "vae", torch_dtype=dtype, use_safetensors=True, output_loading_info=True,
+            checkpoint.folder / "vae", dtype=dtype, use_safetensors=True, output_loading_info=True,
             low_cpu_mem_usage=False,
         )  # fmt: skip
         if info["missing_keys"]:
