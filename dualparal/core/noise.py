@@ -27,7 +27,7 @@ def coordinated_noise(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     num_cat = plan.num_cat
-    pool = torch.randn(1, channels, num_per_block + num_cat, height, width, generator=generator)
+    pool = torch.randn(1, channels, num_per_block + num_cat, height, width, generator=generator, dtype=torch.float32)
     for length in plan.lengths:
         perm = torch.randperm(num_per_block, generator=generator)
         pool = torch.cat([pool[:, :, num_per_block:], pool[:, :, :num_per_block][:, :, perm]], dim=2)

@@ -1,0 +1,108 @@
+"""One block equals diffusers' own `WanPipeline` within 1e-5 in float32: same noise, embeddings and scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from tests.local_ring import denoise_in_threads
+from tests.texts import joined, some_texts
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="session")
+def pipeline_of() -> Callable[[Path], WanPipeline]:
+    kept: dict[Path, WanPipeline] = {}
+
+    def find(folder: Path) -> WanPipeline:
+        if folder not in kept:
+            kept[folder] = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+            kept[folder].set_progress_bar_config(disable=True)
+        return kept[folder]
+
+    return find
+
+
+def run_pipeline(
+    pipeline: WanPipeline,
+    noise: torch.Tensor,
+    texts: list[torch.Tensor],
+    steps: int,
+    guidance: tuple[float, float],
+    flow_shift: float = 3.0,
+) -> torch.Tensor:
+    """Latents [1, C, F, h, w] as diffusers makes them."""
+    has_two = pipeline.transformer_2 is not None
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
+    return pipeline(
+        prompt_embeds=texts[0], negative_prompt_embeds=texts[1] if len(texts) > 1 else None,
+        height=noise.shape[3] * 8, width=noise.shape[4] * 8, num_frames=(noise.shape[2] - 1) * 4 + 1,
+        num_inference_steps=steps, guidance_scale=guidance[0], guidance_scale_2=guidance[1] if has_two else None,
+        latents=noise.clone(), output_type="latent",
+    ).frames  # fmt: skip
+
+
+def compare(
+    pipeline: WanPipeline,
+    folder: Path,
+    *,
+    steps: int,
+    guidance: tuple[float, float] = (5.0, 5.0),
+    num_frames: int = 4,
+    size: tuple[int, int] = (4, 4),
+    ranks: int = 1,
+    flow_shift: float = 3.0,
+    lengths: tuple[int, int] = (7, 7),
+) -> None:
+    noise = torch.randn(1, 4, num_frames, *size, generator=torch.Generator().manual_seed(steps))
+    texts = some_texts(guided=guidance[0] > 1, lengths=lengths)
+    expected = run_pipeline(pipeline, noise, texts[0], steps, guidance, flow_shift)
+    found = joined(
+        denoise_in_threads(
+            folder, latents_num=num_frames, num_per_block=num_frames, num_cat=1, steps=steps, texts=texts, guidance=guidance,
+            boundary_ratio=pipeline.config.boundary_ratio, size=size, ranks=ranks, noise=[noise], flow_shift=flow_shift,
+        )
+    )  # fmt: skip
+    assert expected.std() > 0.3
+    worst = (found - expected).abs().max().item()
+    assert worst <= TOLERANCE, f"off by {worst}"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 20, 50])
+def test_one_expert(tiny: Path, pipeline_of: Callable[[Path], WanPipeline], steps: int, guidance: float) -> None:
+    compare(pipeline_of(tiny), tiny, steps=steps, guidance=(guidance, guidance))
+
+
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (5.0, 5.0), (4.0, 3.0), (1.0, 5.0), (5.0, 1.0)])
+@pytest.mark.parametrize("steps", [1, 2, 4, 20, 50])
+def test_two_experts(
+    tiny_two: Path, pipeline_of: Callable[[Path], WanPipeline], steps: int, guidance: tuple[float, float]
+) -> None:
+    compare(pipeline_of(tiny_two), tiny_two, steps=steps, guidance=guidance, num_frames=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("num_frames", "size"), [(1, (4, 4)), (3, (2, 8)), (5, (8, 2)), (9, (6, 10))])
+def test_sizes(
+    tiny: Path, pipeline_of: Callable[[Path], WanPipeline], num_frames: int, size: tuple[int, int], ranks: int
+) -> None:
+    compare(pipeline_of(tiny), tiny, steps=4, num_frames=num_frames, size=size, ranks=ranks)
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 5.0, 12.0])
+def test_flow_shift(tiny_two: Path, pipeline_of: Callable[[Path], WanPipeline], flow_shift: float) -> None:
+    compare(pipeline_of(tiny_two), tiny_two, steps=10, flow_shift=flow_shift, ranks=2)
+
+
+def test_many_shards(tiny_sharded: Path, pipeline_of: Callable[[Path], WanPipeline]) -> None:
+    compare(pipeline_of(tiny_sharded), tiny_sharded, steps=4, ranks=4)
+
+
+def test_full_length_embeddings(tiny: Path, pipeline_of: Callable[[Path], WanPipeline]) -> None:
+    compare(pipeline_of(tiny), tiny, steps=4, lengths=(512, 512))
