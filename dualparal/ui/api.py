@@ -40,13 +40,14 @@ def add_endpoints(studio: Studio) -> None:
     block = gr.context.Context.root_block
     assert block is not None
     for name, function in calls.endpoints().items():
-        gr.api(_one_sentence(function), api_name=name, api_description=inspect.getdoc(function), concurrency_limit=None)
+        about = inspect.getdoc(function)
+        gr.api(_one_sentence(function), api_name=name, api_description=about, concurrency_limit=None)
         made = list(block.fns.values())[-1]
         for component, parameter in zip(made.inputs, _parameters(function), strict=True):
             component.label = MEANINGS[parameter.name]  # instead of Gradio's "1st", "2nd"
             component._api_info["additional_description"] = MEANINGS[parameter.name]
-        for component, label in zip(made.outputs, ("the video", "where the job stands") if len(made.outputs) > 1 else ("where the job stands",), strict=True):
-            component.label = label
+        for component, label in zip(reversed(made.outputs), ("where the job stands", "the video"), strict=False):
+            component.label = label if name != "presets" else "all presets"
 
 
 class Calls:

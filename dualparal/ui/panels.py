@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
 
-from dualparal.core.plan import BlockPlan
-from dualparal.core.schedule import make_schedule
 from dualparal.events import Failed, Progress
 from dualparal.ui import charts
 from dualparal.ui.estimate import Estimate
@@ -85,21 +82,14 @@ def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
 
 
 def first_frames_in_s(found: Snapshot, progress: Progress) -> float | None:
-    """Seconds until the first block is through, from the schedule and the time left for all of it."""
-    request = found.request
-    if progress.eta_s is None or not request.latents_num or not request.num_per_block:
+    """Seconds until the first block is through: the sweeps it still needs, each over all blocks then in flight."""
+    if progress.eta_s is None or not progress.block_steps:
         return None
-    plan = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat or 0)
-    items = items_to_first_block(str(request.schedule), plan, progress.num_steps)
-    left = max(1, progress.num_items - progress.items_done)
-    return progress.eta_s * max(0, items - progress.items_done) / left
-
-
-@lru_cache(maxsize=64)
-def items_to_first_block(policy: str, plan: BlockPlan, num_steps: int) -> int:
-    """How many block steps have been run when the first block is finished."""
-    items = make_schedule(policy, plan, (0,) * num_steps).items
-    return 1 + next(item.index for item in items if item.block == 0 and item.step == num_steps - 1)
+    num_steps, in_flight = progress.num_steps, sum(0 < steps < progress.num_steps for steps in progress.block_steps)
+    grows = found.request.schedule == "paper"  # one more block enters at every sweep
+    sweeps = range(num_steps - progress.block_steps[0])
+    items = sum(min(len(progress.block_steps), in_flight + sweep * grows) for sweep in sweeps)
+    return progress.eta_s * min(1.0, items / max(1, progress.num_items - progress.items_done))
 
 
 def board(found: Snapshot, studio: Studio) -> str:

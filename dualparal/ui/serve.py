@@ -39,8 +39,9 @@ log = logging.getLogger(__name__)
 MAX_UPLOAD = "500mb"
 WAITING_CALLS = 256  # Gradio's own queue only carries calls; jobs wait in the engine's
 TINY_PRESET = Preset(
-    name="tiny", title="Tiny random model · 64×64", hardware="Any computer. Random weights: it shows how things work, not pictures.",
-    dtype="float32", seconds=4.0, height=64, width=64, num_inference_steps=12, guidance_scale=3.0, num_per_block=4, num_cat=2,
+    name="tiny", title="Tiny random model · 64×64",
+    hardware="Any computer. Its weights are random: it shows how things work, not pictures.", dtype="float32",
+    seconds=4.0, height=64, width=64, num_inference_steps=12, guidance_scale=3.0, num_per_block=4, num_cat=2,
     examples=("a red circle bouncing on a navy background",),
     limits=Limits(seconds=60, num_inference_steps=100, num_per_block=16, pixels=256 * 256),
 )  # fmt: skip
@@ -118,7 +119,8 @@ def default_model() -> tuple[str, Preset | None]:
         if not os.access(next(parent for parent in folder.parents if parent.is_dir()), os.W_OK):
             folder = Path(tempfile.mkdtemp(prefix="dualparal-")) / "tiny"
         log.info("no trained pocket model is installed; writing a tiny random one to %s", folder)
-        made = subprocess.run([sys.executable, "-m", "dualparal", "tiny", str(folder)], capture_output=True, text=True)
+        command = [sys.executable, "-m", "dualparal", "tiny", str(folder)]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
         if made.returncode:
             raise DualParalError(f"the tiny model could not be written to {folder}: {made.stderr.strip()[-300:]}")
     return str(folder), TINY_PRESET
