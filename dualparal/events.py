@@ -55,7 +55,7 @@ class Progress(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReady(Event):
-    """Block `block` is decoded: `path` is its own playable MPEG-TS segment, frames `[first_frame, first_frame + num_frames)`."""
+    """Block `block` is decoded: `path` is its playable MPEG-TS segment, frames `[first_frame, first_frame + num_frames)`."""
 
     block: int
     path: str

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dualparal.errors import PresetError, RequestError
-from dualparal.request import GenerationRequest, ScheduleName, frames_of_latents, nearest, shown
+from dualparal.request import ContextName, GenerationRequest, ScheduleName, frames_of_latents, nearest, shown
 
 PACKAGE = Path(__file__).resolve().parent
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -80,6 +80,7 @@ class Preset(BaseModel):
     num_per_block: int = 8
     num_cat: int = 8
     schedule: ScheduleName = "paper"
+    context: ContextName = "recomputed"
     negative_prompt: str = ""
     examples: tuple[str, ...] = ()
     limits: Limits = Limits()

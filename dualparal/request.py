@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from dualparal.errors import RequestError
 
@@ -24,9 +24,11 @@ TEMPORAL_FACTOR = 4  # frames folded into one latent frame by the Wan VAE (the f
 MAX_PROMPT_CHARS = 4000
 MAX_LATENTS = 100_000
 MAX_SEED = 2**63 - 1
-SCHEDULES = ("paper",)
+SCHEDULES = ("paper", "preview")
+CONTEXTS = ("recomputed", "cached")
 
-ScheduleName = Literal["paper"]
+ScheduleName = Literal["paper", "preview"]
+ContextName = Literal["recomputed", "cached"]
 Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
@@ -67,6 +69,10 @@ class GenerationRequest(BaseModel):
     num_per_block: int | None = Field(None, ge=1, le=1024, description="latent frames per block")
     num_cat: int | None = Field(None, ge=0, le=1024, description="latent frames of context on each side of a block")
     schedule: ScheduleName | None = Field(None, description="order in which blocks are denoised")
+    context: ContextName | None = Field(None, description="whether the left context is recomputed or cached as K and V")
+    max_in_flight: int | None = Field(None, ge=1, le=1024, description="blocks denoised at once (schedule preview)")
+    stagger: int | None = Field(None, ge=1, le=1000, description="steps between neighbouring blocks (schedule preview)")
+    micro_batches: bool | None = Field(None, description="whether guidance halves travel one by one")
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -77,8 +83,8 @@ class GenerationRequest(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool):
+    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name != "micro_batches":
             raise ValueError("true and false are not values of this field")
         return value
 
@@ -113,7 +119,7 @@ class GenerationRequest(BaseModel):
     @property
     def is_resolved(self) -> bool:
         """True when nothing is left to the preset."""
-        optional = {"num_frames", "seconds", "boundary_ratio"}
+        optional = {"num_frames", "seconds", "boundary_ratio", "max_in_flight", "stagger", "micro_batches"}
         return all(getattr(self, name) is not None for name in type(self).model_fields if name not in optional)
 
     def resolve(self, preset: Preset, *, num_experts: int = 1, boundary_ratio: float | None = None) -> GenerationRequest:
@@ -179,7 +185,7 @@ class GenerationRequest(BaseModel):
 
 PRESET_FIELDS = (
     "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "guidance_scale_2",
-    "boundary_ratio", "flow_shift", "num_per_block", "schedule",
+    "boundary_ratio", "flow_shift", "num_per_block", "schedule", "context",
 )  # fmt: skip
 
 

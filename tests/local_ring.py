@@ -16,7 +16,7 @@ import torch
 from dualparal.core.noise import coordinated_noise
 from dualparal.core.plan import BlockPlan
 from dualparal.core.sampler import SamplerFactory
-from dualparal.core.schedule import make_schedule
+from dualparal.core.schedule import Rules, make_schedule
 from dualparal.model.layout import Checkpoint, split_layers
 from dualparal.model.stage import JobShape, Stage
 from dualparal.runtime.coordinator import Denoiser
@@ -95,7 +95,7 @@ def denoise_in_threads(
     delay_seed: int | None = None,
     stop_after: int | None = None,
     noise: Sequence[torch.Tensor] | None = None,
-    policy: str = "paper",
+    rules: Rules | None = None,
     dtype: str = "float32",
 ) -> dict[int, torch.Tensor]:
     """Latents of each finished block. `texts[i]`: guidance halves of text i; `stop_after` items the job is stopped."""
@@ -104,14 +104,14 @@ def denoise_in_threads(
     plan = BlockPlan.of(latents_num, num_per_block, num_cat)
     samplers = SamplerFactory(checkpoint.config("scheduler"), num_steps=steps, flow_shift=flow_shift, device="cpu")
     experts = samplers.experts(boundary_ratio)
-    schedule = make_schedule(policy, plan, experts)
-    shape = JobShape(plan, *size, len(texts[0]), guidance, tuple(text_of_block or (0,) * plan.num_blocks))
+    schedule = make_schedule(rules or Rules(), plan, experts)
+    shape = JobShape(*size, len(texts[0]), guidance, tuple(text_of_block or (0,) * plan.num_blocks))
     conditions = stages[0].embed_conditions(samplers.timesteps, texts)
     channels: list[queue.Queue[torch.Tensor]] = [queue.Queue() for _ in range(ranks)]
     delays = random.Random(delay_seed) if delay_seed is not None else None
     links = [LocalLinks(rank, ranks, channels, delays) for rank in range(ranks)]
     for stage in stages:
-        stage.begin(shape, conditions)
+        stage.begin(shape, schedule, conditions)
     blocks: dict[int, torch.Tensor] = {}
     done: list[Any] = []
     if noise is None:

@@ -1,14 +1,14 @@
 """Schedules: the order of all block steps, and what each of them sees (METHOD.md, "Schedules").
 
-A schedule is a pure function from (block plan, expert of each step) to a list of `Item`s. Every rank computes the same list
-and walks it; nothing on the wire repeats what it says. Messages, progress, cancel points, memory and estimates all follow
-from it. No clock, no rank, no arrival order.
+A schedule is a pure function from (block plan, expert of each step, rules) to a list of `Item`s. Every rank computes the same
+list and walks it; nothing on the wire repeats what it says. Messages, progress, cancel points, resume points, memory and
+estimates all follow from it. No clock, no rank, no arrival order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
@@ -16,21 +16,22 @@ from dualparal.core.plan import BlockPlan
 from dualparal.errors import RequestError
 
 
-class Right(Enum):
-    """Where a block step finds its right context."""
+class Context(Enum):
+    """Where a block step finds the context of one side."""
 
-    NONE = "none"  # no right neighbour in flight, or num_cat = 0
-    CACHE = "cache"  # K/V that the forward pass just before left on each stage
-    LATENTS = "latents"  # the other expert ran block + 1: its first latents join the window
+    NONE = "none"  # no neighbour there (yet), or num_cat = 0
+    CACHE = "cache"  # K/V that a pass of the neighbour left on each stage
+    LATENTS = "latents"  # the neighbour's latents join the window and run through the layers
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One block step: `block` goes through all layers to make its denoising step `step` (0 = noisiest).
+    """One trip through all layers: `block` makes its denoising step `step` (0 = noisiest).
 
-    `left_version`: how many steps block - 1's latents have done in the version used as left context; None without one.
-    `right_version`: for `Right.LATENTS`, how many steps block + 1's latents have done.
-    `keeps`: this step leaves K/V of its first `num_cat` latents for the next item. `expert` runs it. `sweep` counts from 0.
+    `half`: which guidance half, 0 or 1, when they go as two micro-batches; None when both go together. `expert` runs it.
+    `left_version`, `right_version`: for `Context.LATENTS`, how many steps the neighbour's latents have done. `keeps_head`,
+    `keeps_tail`: this pass leaves K/V of its first (last) `num_cat` own latents for block - 1 (block + 1). `frees_left`: no
+    later item uses the left cache that this one uses. `sweep` counts from 0.
     """
 
     index: int
@@ -38,15 +39,48 @@ class Item:
     block: int
     step: int
     expert: int
-    left_version: int | None
-    right: Right
-    right_version: int | None
-    keeps: bool
+    left: Context = Context.NONE
+    left_version: int | None = None
+    right: Context = Context.NONE
+    right_version: int | None = None
+    keeps_head: bool = False
+    keeps_tail: bool = False
+    frees_left: bool = False
+    half: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the block's step is complete after this item: both halves, or the second of them."""
+        return self.half != 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a schedule follows, all of it fixed when a job is submitted.
+
+    `policy`: "paper" or "preview". `context`: "recomputed" (the left neighbour's latents run through the layers again) or
+    "cached" (its K/V of its last pass are kept). `max_in_flight`, `stagger`: of "preview". `micro_batches`: guidance halves
+    travel one by one.
+    """
+
+    policy: str = "paper"
+    context: str = "recomputed"
+    max_in_flight: int = 3
+    stagger: int = 1
+    micro_batches: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("paper", "preview"):
+            raise RequestError(f"schedule={self.policy!r} is not known; use paper or preview", "schedule")
+        if self.context not in ("recomputed", "cached"):
+            raise RequestError(f"context={self.context!r} is not known; use recomputed or cached", "context")
+        if self.max_in_flight < 1 or self.stagger < 1:
+            raise RequestError("max_in_flight and stagger must be at least 1", "stagger")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All block steps of one job, in order, with the plan they follow."""
+    """All items of one job, in order, with the plan they follow."""
 
     plan: BlockPlan
     num_steps: int
@@ -54,7 +88,7 @@ class Schedule:
 
     @cached_property
     def last_left_use(self) -> dict[tuple[int, int], int]:
-        """Index of the last item that uses the tail of (block, version) as left context."""
+        """Index of the last item that takes the tail of (block, version) into its window."""
         return {(item.block - 1, item.left_version): item.index for item in self.items if item.left_version is not None}
 
     @cached_property
@@ -62,60 +96,105 @@ class Schedule:
         """Index of the last item that takes the head of (block, version) into its window."""
         return {(item.block + 1, item.right_version): item.index for item in self.items if item.right_version is not None}
 
+    def window_frames(self, item: Item) -> tuple[int, int, int]:
+        """Latent frames that `item` runs through the layers: (left context, own, right context)."""
+        left = self.plan.num_left(item.block) if item.left is Context.LATENTS else 0
+        right = self.plan.num_right(item.block) if item.right is Context.LATENTS else 0
+        return left, self.plan.lengths[item.block], right
+
     def num_in_flight(self) -> int:
         """Most blocks that are in flight at once."""
-        first = {item.block: item.index for item in reversed(self.items)}
-        last = {item.block: item.index for item in self.items}
-        changes = sorted([(index, 1) for index in first.values()] + [(index + 1, -1) for index in last.values()])
-        most = count = 0
-        for _, change in changes:
-            count += change
-            most = max(most, count)
-        return most
+        per_sweep: dict[int, set[int]] = {}
+        for item in self.items:
+            per_sweep.setdefault(item.sweep, set()).add(item.block)
+        return max(len(blocks) for blocks in per_sweep.values())
 
 
-def _paper_sweeps(num_blocks: int, num_steps: int) -> Iterator[list[tuple[int, int]]]:
-    """One new block per sweep, no limit; block b is at step sweep - b; newest (noisiest) first."""
-    for sweep in range(num_blocks + num_steps - 1):
-        newest, oldest = min(sweep, num_blocks - 1), max(0, sweep - num_steps + 1)
-        yield [(block, sweep - block) for block in range(newest, oldest - 1, -1)]
+def _sweeps(rules: Rules, num_blocks: int, num_steps: int) -> Iterator[list[tuple[int, int]]]:
+    """The (block, step) pairs of each sweep, newest (noisiest) block first; every block in flight advances by one step.
 
-
-SWEEPS: dict[str, Callable[[int, int], Iterator[list[tuple[int, int]]]]] = {"paper": _paper_sweeps}
-
-
-def make_schedule(policy: str, plan: BlockPlan, experts: Sequence[int]) -> Schedule:
-    """The list of block steps of `policy` for `plan`; `experts[s]` is the expert that runs step s (all 0 with one).
-
-    Left context of block b is block b - 1's latest latents: after its step of the sweep before, or its final ones once
-    it has left. The right context is block b + 1 as this sweep has just run it.
+    `paper`: a new block enters at every sweep. `preview`: a block enters when its left neighbour is `stagger` steps ahead and
+    fewer than `max_in_flight` are in flight.
     """
-    if policy not in SWEEPS:
-        raise RequestError(f"schedule={policy!r} is not known; use one of {', '.join(SWEEPS)}", "schedule")
+    unlimited = rules.policy == "paper"
+    limit, stagger = (num_blocks, 1) if unlimited else (rules.max_in_flight, rules.stagger)
+    done = [0] * num_blocks
+    first = entered = 0  # blocks first ... entered - 1 are in flight
+    while first < num_blocks:
+        is_far_enough = entered == 0 or done[entered - 1] >= min(stagger, num_steps)
+        if entered < num_blocks and entered - first < limit and is_far_enough:
+            entered += 1
+        yield [(block, done[block]) for block in range(entered - 1, first - 1, -1)]
+        for block in range(first, entered):
+            done[block] += 1
+        while first < entered and done[first] == num_steps:
+            first += 1
+
+
+def make_schedule(rules: Rules, plan: BlockPlan, experts: Sequence[int]) -> Schedule:
+    """The list of items for `plan` under `rules`; `experts[s]` is the expert that runs step s (all 0 with one).
+
+    Left context of block b, recomputed: block b - 1's latents; under `paper` the latest (after its step of the sweep before,
+    or final once it has left), under `preview` those at b's own step. Cached: K/V of block b - 1's most recent pass, unless
+    the other expert made it. Right context: block b + 1 as this sweep has just run it.
+    """
     num_steps = len(experts)
     items: list[Item] = []
     done = [0] * plan.num_blocks  # steps that each block has done before the present sweep
-    for sweep, steps in enumerate(SWEEPS[policy](plan.num_blocks, num_steps)):
+    for sweep, steps in enumerate(_sweeps(rules, plan.num_blocks, num_steps)):
         running = dict(steps)
         for block, step in steps:
-            expert = experts[step]
-            right = Right.NONE
-            if plan.num_cat and block + 1 in running:
-                right = Right.CACHE if experts[running[block + 1]] == expert else Right.LATENTS
-            items.append(
-                Item(
-                    index=len(items),
-                    sweep=sweep,
-                    block=block,
-                    step=step,
-                    expert=expert,
-                    left_version=done[block - 1] if block and plan.num_cat else None,
-                    right=right,
-                    right_version=running[block + 1] if right is Right.LATENTS else None,
-                    keeps=plan.num_cat > 0 and block - 1 in running and experts[running[block - 1]] == expert,
-                )
-            )
+            item = Item(len(items), sweep, block, step, experts[step])
+            if plan.num_cat:
+                item = _with_left(item, rules, experts, done)
+                item = _with_right(item, experts, running)
+            items.append(item)
         for block, step in steps:
             done[block] = step + 1
     assert len(items) == plan.num_blocks * num_steps
+    items = _with_left_caches(items)
+    if rules.micro_batches:
+        items = [half for item in items for half in _halves(item)]
     return Schedule(plan, num_steps, tuple(items))
+
+
+def _with_left(item: Item, rules: Rules, experts: Sequence[int], done: Sequence[int]) -> Item:
+    if item.block == 0:
+        return item
+    ahead = done[item.block - 1]
+    if rules.context == "cached" and experts[ahead - 1] == item.expert:
+        return replace(item, left=Context.CACHE)
+    version = ahead if rules.policy == "paper" else item.step
+    return replace(item, left=Context.LATENTS, left_version=version)
+
+
+def _with_right(item: Item, experts: Sequence[int], running: dict[int, int]) -> Item:
+    behind, ahead = running.get(item.block + 1), running.get(item.block - 1)
+    keeps_head = ahead is not None and experts[ahead] == item.expert
+    if behind is None:
+        return replace(item, keeps_head=keeps_head)
+    if experts[behind] == item.expert:
+        return replace(item, keeps_head=keeps_head, right=Context.CACHE)
+    return replace(item, keeps_head=keeps_head, right=Context.LATENTS, right_version=behind)
+
+
+def _with_left_caches(items: list[Item]) -> list[Item]:
+    """Mark the passes whose tail K/V some later item uses, and the last of those items."""
+    found = list(items)
+    latest: dict[int, int] = {}  # index of each block's most recent pass
+    last_use: dict[int, int] = {}  # pass -> last item that uses its tail
+    for item in items:
+        if item.left is Context.CACHE:
+            last_use[latest[item.block - 1]] = item.index
+        latest[item.block] = item.index
+    for source, user in last_use.items():
+        found[source] = replace(found[source], keeps_tail=True)
+        found[user] = replace(found[user], frees_left=True)
+    return found
+
+
+def _halves(item: Item) -> tuple[Item, Item]:
+    return (
+        replace(item, index=2 * item.index, half=0),
+        replace(item, index=2 * item.index + 1, half=1),
+    )

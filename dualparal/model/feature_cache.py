@@ -15,24 +15,29 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # K, V: each [B, tokens, D], before norm_k and RoPE
+TextKey = tuple[int, int | None]  # (number of the text, guidance half or None for both)
 
 
 @dataclass
 class Surroundings:
-    """What the layers of one stage see besides the window, for the block step being run.
+    """What the layers of one stage see besides the window, for the item being run.
 
-    `right[layer]` is the feature cache: K, V of the next block's first latents. `keep` is the token range whose K and V each
-    layer leaves in `kept[layer]` for the item that follows. `rope` [m, d / 2] complex: position 0 is the first key.
+    `left[layer]` and `right[layer]`: K, V that passes of the neighbours left there. `head` and `tail`: token ranges of the
+    window whose K and V each layer leaves in `kept_head[layer]` and `kept_tail[layer]`. `rope` [>= m, d / 2] complex: position
+    0 is the first key, the left cache's if there is one.
     """
 
     rope: torch.Tensor
+    left: dict[int, KeyValue] | None = None
     right: dict[int, KeyValue] | None = None
-    keep: slice | None = None
-    kept: dict[int, KeyValue] = field(default_factory=dict)
+    head: slice | None = None
+    tail: slice | None = None
+    kept_head: dict[int, KeyValue] = field(default_factory=dict)
+    kept_tail: dict[int, KeyValue] = field(default_factory=dict)
 
 
 class SelfAttention:
-    """Processor of `attn1` in `layer`: queries from the window, keys and values from [window | right cache]."""
+    """Processor of `attn1` in `layer`: queries from the window, keys and values from [left cache | window | right cache]."""
 
     _attention_backend = None
     _parallel_config = None
@@ -52,17 +57,18 @@ class SelfAttention:
         around = self.surroundings
         assert around is not None, "no block step is being run"
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        if around.keep is not None:
-            # Copies: a view would hold the whole window's K and V alive.
-            around.kept[self.layer] = (key[:, around.keep].clone(), value[:, around.keep].clone())
-        if around.right is not None:
-            right_key, right_value = around.right[self.layer]
-            key = torch.cat([key, right_key], dim=1)  # [B, m, D]
-            value = torch.cat([value, right_value], dim=1)
+        # Copies: a view would hold the whole window's K and V alive.
+        if around.head is not None:
+            around.kept_head[self.layer] = (key[:, around.head].clone(), value[:, around.head].clone())
+        if around.tail is not None:
+            around.kept_tail[self.layer] = (key[:, around.tail].clone(), value[:, around.tail].clone())
+        sides = [side[self.layer] if side is not None else None for side in (around.left, around.right)]
+        first = sides[0][0].shape[1] if sides[0] else 0  # position of the first query
+        key, value = _between(key, sides, 0), _between(value, sides, 1)  # [B, m, D]
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # [B, n, H, d]
         key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
         out = dispatch_attention_fn(
-            rotate(query, around.rope),
+            rotate(query, around.rope[first:]),
             rotate(key, around.rope),
             value.unflatten(2, (attn.heads, -1)),
             backend=self._attention_backend,
@@ -73,7 +79,7 @@ class SelfAttention:
 class CrossAttention:
     """Processor of `attn2`: text K and V depend on prompt and layer only, so they are computed once and kept.
 
-    `encoder_hidden_states` is a key of `texts`, not a tensor.
+    `encoder_hidden_states` is a `TextKey`, not a tensor.
     """
 
     _attention_backend = None
@@ -82,7 +88,7 @@ class CrossAttention:
     def __init__(self, texts: dict[int, list[torch.Tensor]]) -> None:
         """`texts[i]`: projected text of each guidance half, [1, L, D]; halves may differ in L."""
         self._texts = texts
-        self._key_values: dict[int, list[KeyValue]] = {}
+        self._key_values: dict[TextKey, list[KeyValue]] = {}
 
     def forget(self) -> None:
         """Drop the text K and V of the job that has ended."""
@@ -92,13 +98,15 @@ class CrossAttention:
         self,
         attn: WanAttention,
         hidden_states: torch.Tensor,  # [B, n, D]
-        encoder_hidden_states: int,
+        encoder_hidden_states: TextKey,
         attention_mask: None = None,
         rotary_emb: None = None,
     ) -> torch.Tensor:
         text = encoder_hidden_states
         if text not in self._key_values:
-            self._key_values[text] = [self._project(attn, half) for half in _batched(self._texts[text])]
+            number, half = text
+            halves = self._texts[number] if half is None else self._texts[number][half : half + 1]
+            self._key_values[text] = [self._project(attn, one) for one in _batched(halves)]
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))  # [B, n, H, d]
         groups = self._key_values[text]
         queries = query.split([key.shape[0] for key, _ in groups])
@@ -113,6 +121,12 @@ class CrossAttention:
     def _project(attn: WanAttention, text: torch.Tensor) -> KeyValue:
         key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))  # [B, L, H, d]
         return key, attn.to_v(text).unflatten(2, (attn.heads, -1))
+
+
+def _between(own: torch.Tensor, sides: list[KeyValue | None], which: int) -> torch.Tensor:
+    left, right = sides
+    parts = [*([left[which]] if left else []), own, *([right[which]] if right else [])]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else own
 
 
 def _batched(halves: list[torch.Tensor]) -> list[torch.Tensor]:

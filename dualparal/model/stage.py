@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import WanTransformer3DModel
 
-from dualparal.core.plan import BlockPlan
-from dualparal.core.schedule import Item, Right
+from dualparal.core.schedule import Context, Item, Schedule
 from dualparal.model.checkpoint import DTYPES, load_transformer_share
 from dualparal.model.feature_cache import CrossAttention, KeyValue, SelfAttention, Surroundings
 from dualparal.model.layout import Checkpoint
@@ -39,7 +38,6 @@ class Conditions:
 class JobShape:
     """The geometry every stage needs: `text_of_block[b]` is the text that block b listens to."""
 
-    plan: BlockPlan
     height: int  # of the latents
     width: int
     num_halves: int
@@ -76,7 +74,11 @@ class Stage:
                 block.attn1.set_processor(attn1)
                 block.attn2.set_processor(attn2)
         self._shape: JobShape | None = None
-        self._cache: dict[int, KeyValue] | None = None
+        self._schedule: Schedule | None = None
+        # K/V for other blocks, by guidance half: of the item just before; of each block's last pass.
+        self._heads: dict[int | None, dict[int, KeyValue]] = {}
+        self._tails: dict[tuple[int, int | None], dict[int, KeyValue]] = {}
+        self._cond: torch.Tensor | None = None
 
     def embed_conditions(self, timesteps: torch.Tensor, texts: Sequence[Sequence[torch.Tensor]]) -> list[Conditions]:
         """Time and text projections of every expert, on the CPU (they are sent to all ranks). First stage only.
@@ -99,11 +101,11 @@ class Stage:
         assert self._shape is not None
         return (self._shape.height // self.patch_size[1]) * (self._shape.width // self.patch_size[2])
 
-    def begin(self, shape: JobShape, conditions: Sequence[Conditions]) -> None:
+    def begin(self, shape: JobShape, schedule: Schedule, conditions: Sequence[Conditions]) -> None:
         """Take up a job: position table, time projections and texts move to the device."""
         self.end()
-        self._shape = shape
-        plan = shape.plan
+        self._shape, self._schedule = shape, schedule
+        plan = schedule.plan
         most = max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks))
         self._rope = self._rope_table(most)
         self._conditions = [(expert.temb.to(self.device), expert.timestep_proj.to(self.device)) for expert in conditions]
@@ -112,69 +114,82 @@ class Stage:
 
     def end(self) -> None:
         """Drop everything that belongs to a job."""
-        self._shape = self._cache = None
+        self._shape = self._schedule = self._cond = None
+        self._heads.clear()
+        self._tails.clear()
         for texts, crosses in zip(self._texts, self._crosses, strict=True):
             texts.clear()
             for cross in crosses:
                 cross.forget()
 
-    def num_window_frames(self, item: Item) -> tuple[int, int, int]:
-        """Latent frames of (left context, own, right latents) in the window of `item`."""
-        assert self._shape is not None
-        plan = self._shape.plan
-        left = plan.num_left(item.block) if item.left_version is not None else 0
-        right = plan.num_right(item.block) if item.right is Right.LATENTS else 0
-        return left, plan.lengths[item.block], right
-
     def hidden_shape(self, item: Item) -> tuple[int, int, int]:
         """[B, n, D] of the activations that pass between stages for `item`."""
-        assert self._shape is not None
-        return self._shape.num_halves, sum(self.num_window_frames(item)) * self.tokens_per_frame, self.dim
+        assert self._shape is not None and self._schedule is not None
+        num_tokens = sum(self._schedule.window_frames(item)) * self.tokens_per_frame
+        return self._shape.num_halves if item.half is None else 1, num_tokens, self.dim
 
     def prediction_shape(self, item: Item) -> tuple[int, int, int, int, int]:
         """[1, C, own frames, h, w] of what the last stage returns for `item`."""
-        assert self._shape is not None
-        return 1, self.channels, self._shape.plan.lengths[item.block], self._shape.height, self._shape.width
+        assert self._shape is not None and self._schedule is not None
+        return 1, self.channels, self._schedule.plan.lengths[item.block], self._shape.height, self._shape.width
 
     @torch.inference_mode()
-    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor:
-        """One block step through this stage's layers.
+    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None:
+        """One item through this stage's layers.
 
         `incoming`: the window's latents [1, C, F, h, w] float32 on the first stage, else activations [B, n, D]. Returns
-        activations [B, n, D], or on the last stage the prediction [1, C, own F, h, w] float32.
+        activations [B, n, D]; on the last stage the prediction [1, C, own F, h, w] float32, or None after the first of two
+        guidance halves.
         """
-        shape = self._shape
-        assert shape is not None, "begin() a job first"
+        shape, schedule = self._shape, self._schedule
+        assert shape is not None and schedule is not None, "begin() a job first"
         model = self.models[item.expert]
         temb, timestep_proj = self._conditions[item.expert]
-        hidden = self._embed(model, incoming, shape.num_halves) if self.is_first else incoming
-        left, _, _ = self.num_window_frames(item)
-        tokens = self.tokens_per_frame
-        around = Surroundings(self._rope)
-        if item.right is Right.CACHE:
-            around.right = self._cache
-            assert around.right is not None, "the schedule promised a right cache"
-        if item.keeps:
-            around.keep = slice(left * tokens, (left + shape.plan.num_kept(item.block)) * tokens)
-        self._cache = None
+        hidden = incoming
+        if self.is_first:
+            hidden = self._embed(model, incoming, shape.num_halves if item.half is None else 1)
+        around = self._surroundings(item)
+        text = (shape.text_of_block[item.block], item.half)
         for number, attention in zip(self.layers, self._selves[item.expert], strict=True):
             attention.surroundings = around
-            hidden = model.blocks[number](
-                hidden, shape.text_of_block[item.block], timestep_proj[item.step : item.step + 1], None
-            )
+            hidden = model.blocks[number](hidden, text, timestep_proj[item.step : item.step + 1], None)
             attention.surroundings = None
-        self._cache = around.kept if item.keeps else None
+        if item.keeps_head:
+            self._heads[item.half] = around.kept_head
+        if item.keeps_tail:
+            self._tails[item.block, item.half] = around.kept_tail
         return self._predict(model, item, hidden, temb[item.step : item.step + 1]) if self.is_last else hidden
+
+    def _surroundings(self, item: Item) -> Surroundings:
+        """Take out what the schedule says this item uses, and say what it is to leave."""
+        assert self._schedule is not None
+        plan, p = self._schedule.plan, self.tokens_per_frame
+        left, own, _ = self._schedule.window_frames(item)
+        around = Surroundings(self._rope)
+        head = self._heads.pop(item.half, None)  # serves the next item or none
+        if item.right is Context.CACHE:
+            assert head is not None, "the schedule promised a right cache"
+            around.right = head
+        if item.left is Context.CACHE:
+            key = (item.block - 1, item.half)
+            around.left = self._tails.pop(key) if item.frees_left else self._tails[key]
+        if item.keeps_head:
+            around.head = slice(left * p, (left + plan.num_kept(item.block)) * p)
+        if item.keeps_tail:
+            around.tail = slice((left + own - plan.num_left(item.block + 1)) * p, (left + own) * p)
+        return around
 
     def _embed(self, model: WanTransformer3DModel, window: torch.Tensor, num_halves: int) -> torch.Tensor:
         tokens = model.patch_embedding(window.to(self.device, self.dtype)).flatten(2).transpose(1, 2)  # [1, n, D]
         return tokens.expand(num_halves, -1, -1).contiguous()
 
-    def _predict(self, model: WanTransformer3DModel, item: Item, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def _predict(
+        self, model: WanTransformer3DModel, item: Item, hidden: torch.Tensor, temb: torch.Tensor
+    ) -> torch.Tensor | None:
         """Output head on the own frames only, then guidance: uncond + scale * (cond - uncond)."""
-        shape = self._shape
-        assert shape is not None
-        left, own, _ = self.num_window_frames(item)
+        shape, schedule = self._shape, self._schedule
+        assert shape is not None and schedule is not None
+        left, own, _ = schedule.window_frames(item)
         p = self.tokens_per_frame
         hidden = hidden[:, left * p : (left + own) * p]
         shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
@@ -182,11 +197,15 @@ class Stage:
         patches = model.proj_out(hidden).float()  # [B, own * p, ph * pw * C]
         _, patch_h, patch_w = self.patch_size
         rows, columns = shape.height // patch_h, shape.width // patch_w
-        patches = patches.reshape(shape.num_halves, own, rows, columns, patch_h, patch_w, -1)
+        patches = patches.reshape(len(patches), own, rows, columns, patch_h, patch_w, -1)
         out = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [B, C, own, h, w]
         if shape.num_halves == 1:
             return out.contiguous()
-        cond, uncond = out.split(1)
+        if item.half == 0:
+            self._cond = out.contiguous()
+            return None
+        cond, uncond = out.split(1) if item.half is None else (self._cond, out)
+        assert cond is not None
         return uncond + shape.guidance_scales[item.expert] * (cond - uncond)
 
     def _rope_table(self, num_frames: int) -> torch.Tensor:

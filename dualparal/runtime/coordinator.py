@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from dualparal.core.sampler import BlockSampler, SamplerFactory
-from dualparal.core.schedule import Item, Right, Schedule
+from dualparal.core.schedule import Item, Schedule
 from dualparal.runtime.stage_worker import RunsItems, SpanLog
 from dualparal.runtime.transport import Links, pack
 
@@ -49,25 +49,26 @@ class Denoiser:
         self._under_way: deque[Item] = deque()
 
     def run(self) -> bool:
-        """Walk the schedule. Whatever happens, no posted receive is left unmatched."""
+        """Walk the schedule. However it ends, no posted receive is left unmatched."""
         most = 2 * self._links.ranks
         for item in self._schedule.items:
             if self._is_stopped():
                 self._send_stop(item)
                 self._drain()
                 return False
-            if item.step == 0:
+            if item.block not in self._latents:
                 self._enter(item.block)
             while self._version[item.block] < item.step or not self._has_context(item) or len(self._under_way) >= most:
                 self._take_prediction()
             window = self._window(item)
             with self._spans.working(item):
                 out = self._stage.run(item, window)
-            if self._links.outgoing is None:
-                self._apply(item, out)
-            else:
+            if self._links.outgoing is not None:
+                assert out is not None
                 self._links.outgoing.send(pack(out))
                 self._expect(item)
+            elif out is not None:
+                self._apply(item, out)
         self._drain()
         return True
 
@@ -90,8 +91,7 @@ class Denoiser:
             parts.insert(0, self._tails[key])
             if self._schedule.last_left_use[key] == item.index:
                 del self._tails[key]
-        if item.right is Right.LATENTS:
-            assert item.right_version is not None
+        if item.right_version is not None:
             key = (item.block + 1, item.right_version)
             parts.append(self._heads[key])
             if self._schedule.last_right_use[key] == item.index:
@@ -99,7 +99,10 @@ class Denoiser:
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
     def _expect(self, item: Item) -> None:
+        """Post the receive of the item's prediction; the first of two guidance halves has none."""
         assert self._links.incoming is not None
+        if not item.is_whole:
+            return
         size = torch.Size(self._stage.prediction_shape(item)).numel()
         self._links.incoming.post(size + 1, torch.float32)
         self._under_way.append(item)

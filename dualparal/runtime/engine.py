@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dualparal.core.rules import settle_rules
 from dualparal.errors import DualParalError, EngineError, OutputError, QueueFull, RequestError, WorkerDied, error_from_wire
 from dualparal.events import BlockReady, Cancelled, Event, Finished, Progress, Queued
 from dualparal.media.writer import Segment, VideoWriter
@@ -174,7 +175,8 @@ class Engine:
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         """`request` with every field filled, checked against the preset's limits; raises `RequestError`."""
-        return request.resolve(self.preset, num_experts=self.num_experts, boundary_ratio=self.checkpoint.boundary_ratio)
+        resolved = request.resolve(self.preset, num_experts=self.num_experts, boundary_ratio=self.checkpoint.boundary_ratio)
+        return settle_rules(resolved, self.ranks)
 
     def submit(
         self,

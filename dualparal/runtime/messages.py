@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dualparal.core.plan import BlockPlan
+from dualparal.core.schedule import Rules
 from dualparal.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ class JobSpec:
     """Rank 0 to all ranks: what they need to walk the same schedule."""
 
     job_id: str
-    policy: str
+    rules: Rules
+    plan: BlockPlan
     experts: tuple[int, ...]
     shape: JobShape
     conditions: list[Conditions]

@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from dualparal.core.noise import coordinated_noise
 from dualparal.core.plan import BlockPlan
+from dualparal.core.rules import plan_of, rules_of
 from dualparal.core.sampler import SamplerFactory
-from dualparal.core.schedule import Item, make_schedule
+from dualparal.core.schedule import Item, Schedule, make_schedule
 from dualparal.errors import DualParalError, RequestError, WorkerDied
 from dualparal.events import Progress, Started
 from dualparal.model.layout import Checkpoint
@@ -164,7 +165,7 @@ class Coordinator:
         assert request.latents_num and request.num_per_block and request.num_cat is not None and request.flow_shift
         assert request.num_inference_steps and request.schedule and request.guidance_scale is not None
         assert request.guidance_scale_2 is not None and request.seed is not None
-        plan = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat)
+        plan = plan_of(request)
         num_items = plan.num_blocks * request.num_inference_steps
         self._uplink.send(
             Started(job_id=job.job_id, num_blocks=plan.num_blocks, num_items=num_items,
@@ -184,17 +185,20 @@ class Coordinator:
             )  # fmt: skip
             spec = JobSpec(
                 job.job_id,
-                request.schedule,
+                rules_of(request),
+                plan,
                 samplers.experts(request.boundary_ratio),
-                JobShape(plan, height, width, len(texts[0]), (request.guidance_scale, request.guidance_scale_2),
-                         (0,) * plan.num_blocks),
+                JobShape(
+                    height, width, len(texts[0]), (request.guidance_scale, request.guidance_scale_2), (0,) * plan.num_blocks
+                ),
                 self._stage.embed_conditions(samplers.timesteps, texts),
-            )  # fmt: skip
+            )
+            schedule = make_schedule(spec.rules, plan, spec.experts)
             self._links.broadcast(spec)
-            self._stage.begin(spec.shape, spec.conditions)
-            progress = ProgressReport(job.job_id, plan, request.num_inference_steps, self._uplink)
+            self._stage.begin(spec.shape, schedule, spec.conditions)
+            progress = ProgressReport(job.job_id, schedule, self._uplink)
             finished = Denoiser(
-                self._stage, self._links, make_schedule(spec.policy, plan, spec.experts), samplers, noise,
+                self._stage, self._links, schedule, samplers, noise,
                 is_stopped=lambda: self._is_stopped(job.job_id),
                 on_step=progress.step,
                 on_block=lambda block, latents: self._to_codec.put(
@@ -268,18 +272,19 @@ class Coordinator:
 class ProgressReport:
     """Counts block steps and tells the front end a few times a second."""
 
-    def __init__(self, job_id: str, plan: BlockPlan, num_steps: int, uplink: Uplink) -> None:
-        self._job_id, self._num_steps, self._uplink = job_id, num_steps, uplink
-        self._steps = [0] * plan.num_blocks
-        self._sizes = [plan.num_left(b) + plan.lengths[b] for b in range(plan.num_blocks)]
-        self._total = sum(self._sizes) * num_steps  # latent frames to be run, a fair measure of work
+    def __init__(self, job_id: str, schedule: Schedule, uplink: Uplink) -> None:
+        self._job_id, self._num_steps, self._uplink = job_id, schedule.num_steps, uplink
+        self._steps = [0] * schedule.plan.num_blocks
+        # Window frames are a fair measure of an item's work.
+        self._frames = {(item.block, item.step): sum(schedule.window_frames(item)) for item in schedule.items if item.is_whole}
+        self._total = sum(self._frames.values())
         self._done = 0
         self._started_s = time.monotonic()
         self._sent_s = 0.0
 
     def step(self, item: Item) -> None:
         self._steps[item.block] = item.step + 1
-        self._done += self._sizes[item.block]
+        self._done += self._frames[item.block, item.step]
         now_s = time.monotonic()
         is_last = self._done == self._total
         if now_s - self._sent_s < PROGRESS_INTERVAL_S and not is_last and item.step + 1 < self._num_steps:

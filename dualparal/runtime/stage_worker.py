@@ -25,11 +25,11 @@ class RunsItems(Protocol):
     is_last: bool
     dtype: torch.dtype
 
-    def begin(self, shape: JobShape, conditions: list[Conditions]) -> None: ...
+    def begin(self, shape: JobShape, schedule: Schedule, conditions: list[Conditions]) -> None: ...
     def end(self) -> None: ...
     def hidden_shape(self, item: Item) -> tuple[int, int, int]: ...
     def prediction_shape(self, item: Item) -> tuple[int, int, int, int, int]: ...
-    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor: ...
+    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None: ...
 
 
 def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span]], None]) -> None:
@@ -38,8 +38,8 @@ def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span
         spec: JobSpec | None = links.broadcast(None)
         if spec is None:
             return
-        schedule = make_schedule(spec.policy, spec.shape.plan, spec.experts)
-        stage.begin(spec.shape, spec.conditions)
+        schedule = make_schedule(spec.rules, spec.plan, spec.experts)
+        stage.begin(spec.shape, schedule, spec.conditions)
         run_stage(stage, links, schedule, SpanLog(f"stage {links.rank}", functools.partial(report, spec.job_id)))
         stage.end()
 
@@ -66,7 +66,8 @@ def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog
         post(item.index + 1)
         with spans.working(item):
             out = stage.run(item, hidden)
-        outgoing.send(pack(out))
+        if out is not None:
+            outgoing.send(pack(out))
     outgoing.flush()
     spans.flush()
 

@@ -1,0 +1,248 @@
+"""The command line: generate, serve, resume, plan, presets, info, tiny, bench.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage (also a value a model cannot take), 130 stopped. The authors' flag names all work,
+with diffusers' names beside them; underscores and dashes are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dualparal import __version__
+from dualparal.cli_progress import follow
+from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetError, RequestError
+from dualparal.presets import find_preset, load_presets
+from dualparal.request import SCHEDULES, GenerationRequest
+from dualparal.runtime.journal import check_job_id, new_job_id
+
+STOPPED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code and never lets an error of ours out as a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    handed_on = {"serve": "dualparal.ui.serve:main", "bench": "dualparal.bench:main"}
+    try:
+        if arguments and arguments[0] in handed_on:
+            module, _, function = handed_on[arguments[0]].partition(":")
+            return int(getattr(importlib.import_module(module), function)(arguments[1:]) or 0)
+        options = _parser().parse_args([_with_underscores(argument) for argument in arguments])
+        logging.basicConfig(level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING, stream=sys.stderr)
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
+    except (RequestError, PresetError) as error:
+        return _complain(error, 2)
+    except DualParalError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return STOPPED
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def _with_underscores(argument: str) -> str:
+    """--like-this is --like_this; values are left alone."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dualparal", description="Minute-long videos with Wan on several GPUs.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="make one video from a prompt")
+    _add_request_flags(generate)
+    _add_engine_flags(generate)
+    generate.add_argument("--save_file", type=Path, metavar="MP4", help="also copy the finished video here")
+    generate.add_argument("--export_image", action="store_true", help="also write every frame as PNG")
+    generate.add_argument("--job_id", help="id of the job and name of its folder (default: drawn)")
+    generate.set_defaults(run=_generate)
+
+    commands.add_parser("serve", help="the page and the API (see serve --help)", add_help=False)
+    commands.add_parser("bench", help="measure quality or speed (see bench --help)", add_help=False)
+
+    presets = commands.add_parser("presets", help="list the presets")
+    presets.add_argument("--presets_folder", type=Path, help="also read this folder")
+    presets.set_defaults(run=_presets)
+
+    info = commands.add_parser("info", help="print the settings stored in a video made here")
+    info.add_argument("video", type=Path)
+    info.set_defaults(run=_info)
+
+    tiny = commands.add_parser("tiny", help="write a small random Wan checkpoint in the hub's layout")
+    tiny.add_argument("folder", type=Path)
+    tiny.add_argument("--num_experts", type=int, choices=(1, 2), default=1)
+    tiny.add_argument("--num_layers", type=int, default=4)
+    tiny.add_argument("--num_heads", type=int, default=2)
+    tiny.add_argument("--head_dim", type=int, default=12)
+    tiny.add_argument("--ffn_dim", type=int, default=48)
+    tiny.add_argument("--max_shard_size", default="10GB", help="split the DiT over files of this size, e.g. 20KB")
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.set_defaults(run=_tiny)
+    return parser
+
+
+def _add_request_flags(parser: argparse.ArgumentParser) -> None:
+    request = parser.add_argument_group("the video (what is left out comes from the model's preset)")
+    request.add_argument("--prompt", required=True)
+    request.add_argument("--negative_prompt")
+    request.add_argument("--seconds", type=float, help="length in seconds")
+    request.add_argument("--latents_num", type=int, help="length in latent frames")
+    request.add_argument("--num_frames", type=int, help="length in video frames, 4k + 1")
+    request.add_argument("--height", type=int, metavar="PX")
+    request.add_argument("--width", type=int, metavar="PX")
+    request.add_argument("--fps", type=int)
+    request.add_argument("--sample_steps", "--num_inference_steps", dest="num_inference_steps", type=int, metavar="N")
+    request.add_argument("--sample_guide_scale", "--guidance_scale", dest="guidance_scale", type=float, metavar="X")
+    request.add_argument("--sample_guide_scale2", "--guidance_scale_2", dest="guidance_scale_2", type=float, metavar="X")
+    request.add_argument("--boundary_ratio", type=float, metavar="X")
+    request.add_argument("--flow_shift", type=float, metavar="X")
+    request.add_argument("--seed", type=int)
+    request.add_argument("--num_per_block", type=int, metavar="N")
+    request.add_argument("--num_cat", type=int, metavar="N")
+    request.add_argument("--schedule", choices=SCHEDULES)
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    engine = parser.add_argument_group("the engine")
+    engine.add_argument("--model_id", metavar="MODEL", help="folder in diffusers' layout, hub id, or a preset's name")
+    engine.add_argument("--preset", help="preset to take values (and, without --model_id, the model) from")
+    engine.add_argument("--presets_folder", type=Path, help="also read presets from here")
+    engine.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (GPUs) that share the model's layers")
+    engine.add_argument("--layer_split", metavar="N,N,...", help="layers per rank (default: even)")
+    engine.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    engine.add_argument("--dtype", help="dtype of the DiT: fp32, fp16, bf16 or torch's names")
+    engine.add_argument("--threads", type=int, metavar="N", help="CPU threads per process")
+    engine.add_argument(
+        "--outputs", type=Path, metavar="FOLDER", help="where jobs are kept (default: DUALPARAL_OUTPUTS or outputs)"
+    )
+    engine.add_argument("--verbose", action="store_true", help="log what every process does")
+
+
+def make_engine(options: argparse.Namespace) -> Any:
+    """An engine from the flags of `_add_engine_flags`; nothing is started."""
+    from dualparal.runtime.engine import Engine
+
+    presets = load_presets(options.presets_folder)
+    model = options.model_id or options.preset or "pocket"
+    preset = presets.get(options.preset) if options.preset else find_preset(model, presets)
+    if preset is None:
+        preset = find_preset(options.preset, presets)
+    return Engine(
+        model, preset=preset, ranks=options.ranks, device=options.device, dtype=options.dtype, threads=options.threads,
+        layer_split=_counts(options.layer_split), outputs=options.outputs, verbose=options.verbose,
+    )  # fmt: skip
+
+
+def _counts(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"layer_split={text!r} is not a list of counts; write e.g. 15,15", "layer_split") from None
+
+
+def _generate(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in GenerationRequest.model_fields}
+    request = GenerationRequest(**{name: value for name, value in given.items() if value is not None})
+    engine = make_engine(options)
+    request = engine.resolve(request)
+    if options.save_file:
+        _check_writable(options.save_file)
+    job_id = check_job_id(options.job_id) if options.job_id else new_job_id()
+    print(f"job {job_id}", flush=True)
+    with _sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
+        job = engine.submit(request, export_images=options.export_image, job_id=job_id)
+        return finish_job(engine, job, options.save_file)
+
+
+def finish_job(engine: Any, job: Any, save_file: Path | None) -> int:
+    """Follow a job to its end on the terminal; Ctrl-C stops it and keeps the finished part. Returns the exit code."""
+    try:
+        follow(engine, job)
+    except KeyboardInterrupt:
+        print("stopping; Ctrl-C again to quit at once", file=sys.stderr, flush=True)
+        job.cancel()
+    try:
+        result = job.result()
+    except JobCancelled as stop:
+        print(f"{stop}" + (f"; finished part: {stop.path}" if stop.path else ""), file=sys.stderr, flush=True)
+        if stop.path and save_file:
+            _copy(Path(stop.path), save_file)
+        return STOPPED
+    path = Path(result.path)
+    if save_file:
+        _copy(path, save_file)
+        path = save_file
+    times = ", ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in result.timings.items())
+    print(f"{path}: {result.num_frames} frames, seed {job.request.seed}; {times}", flush=True)
+    return 0
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Any:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_writable(target: Path) -> None:
+    """Find out before the run, not after it, that a video cannot be put where it is wanted."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.with_name(f".{target.name}.part")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror}; name another --save_file") from None
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        shutil.copyfile(source, partial)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{target} could not be written: {error.strerror}; the video is in {source}") from None
+
+
+def _presets(options: argparse.Namespace) -> int:
+    for name, preset in load_presets(options.presets_folder).items():
+        print(f"{name:24} {preset.title}\n{'':24} {preset.model}; {preset.width}x{preset.height}, {preset.seconds:g} s, "
+              f"{preset.num_inference_steps} steps\n{'':24} {preset.hardware}")  # fmt: skip
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from dualparal.media.metadata import format_info
+
+    print(format_info(options.video))
+    return 0
+
+
+def _tiny(options: argparse.Namespace) -> int:
+    from dualparal.model.tiny import write_tiny_checkpoint
+
+    values = {name: value for name, value in vars(options).items() if name not in ("run", "folder")}
+    print(write_tiny_checkpoint(options.folder, **values))
+    return 0

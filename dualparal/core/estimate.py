@@ -1,0 +1,250 @@
+"""What a job will hold in memory, rank by rank, before anything is loaded.
+
+Weights, caches, text and messages are exact counts; activations follow the largest moment of a layer as diffusers' code and
+our attention processors run it (written out at `_layer_peak`; a test compares it with the real layers). Everything is derived
+from the schedule's items. Pure arithmetic, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dualparal.core.plan import BlockPlan
+from dualparal.core.schedule import Context, Item, Rules, Schedule, make_schedule
+from dualparal.core.sizes import DTYPE_BYTES, VAE_PARAMETERS, VAE_SPATIAL_FACTOR, DiTSizes, umt5_parameters
+from dualparal.core.work import Workload, query_and_key_frames
+from dualparal.request import GenerationRequest
+
+GPU_RUNTIME_BYTES = 10**9  # CUDA context, library workspaces, allocator slack: the same on every card
+SAMPLER_COPIES = 6  # a block in flight on rank 0: latents, two past predictions, last sample, and the step's own two
+VAE_BYTES_PER_PIXEL = 53 * 96 * 4  # peak of a streamed float32 decode of the Wan VAE (base_dim 96), measured on its graph
+FRAME_BYTES_PER_PIXEL = 3 * (4 + 4 + 4 + 1)  # decoded frames of a block: pieces, joined, clamped; then uint8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes that one rank holds at its worst moment, by kind."""
+
+    weights: int
+    feature_cache: int  # K and V for neighbouring blocks
+    activations: int  # the worst moment inside a layer
+    messages: int  # activations received, awaited and being sent
+    text: int  # text and its K and V, time projections, position table
+    latents: int  # of the blocks in flight, with their samplers (rank 0)
+    codec: int  # text encoder, VAE and decoding, where the codec shares this rank's device
+    runtime: int  # CUDA's own
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """`ranks[r]` for each rank; `layers[r]` its layers; `codec` is the codec's need wherever it runs."""
+
+    ranks: tuple[RankMemory, ...]
+    layers: tuple[int, ...]
+    codec: int
+
+    @property
+    def most(self) -> int:
+        """Bytes of the rank that needs most."""
+        return max(rank.total for rank in self.ranks)
+
+    def refusal(self, bytes_per_device: int) -> str | None:
+        """One sentence when a rank does not fit into `bytes_per_device`, else None."""
+        worst = max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].total)
+        need = self.ranks[worst].total
+        if need <= bytes_per_device:
+            return None
+        return (
+            f"rank {worst} needs {gigabytes(need)} and has {gigabytes(bytes_per_device)}; use more ranks, a smaller picture, "
+            "or a smaller num_per_block or num_cat"
+        )
+
+
+def workload_of(
+    request: GenerationRequest,
+    config: Mapping[str, Any],
+    layers: Sequence[int],
+    *,
+    rules: Rules | None = None,
+    experts: Sequence[int] | None = None,
+    text_tokens: int = 512,
+) -> Workload:
+    """The work of a resolved `request` with a transformer's `config`, `layers[r]` of its layers on rank r.
+
+    `experts[s]` is the expert that runs step s; all 0 by default. `rules` default to the policy `paper`.
+    """
+    assert request.latents_num and request.num_per_block and request.num_cat is not None and request.num_inference_steps
+    assert request.height and request.width and request.guidance_scale is not None
+    sizes = DiTSizes.of(config)
+    if sum(layers) != sizes.num_layers:
+        raise ValueError(f"{list(layers)} layers do not add up to the model's {sizes.num_layers}")
+    scales = (request.guidance_scale, request.guidance_scale_2 if experts and any(experts) else None)
+    plan = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat)
+    return Workload(
+        sizes=sizes,
+        schedule=make_schedule(rules or Rules(), plan, experts or (0,) * request.num_inference_steps),
+        layers=tuple(layers),
+        tokens_per_frame=sizes.tokens_per_frame(request.height, request.width),
+        num_halves=2 if any(scale is not None and scale > 1 for scale in scales) else 1,
+        text_tokens=text_tokens,
+    )
+
+
+def memory_plan(
+    workload: Workload,
+    *,
+    height: int,
+    width: int,
+    dtype: str = "bfloat16",
+    num_experts: int = 1,
+    codec_rank: int | None = None,
+    text_encoder_bytes: int | None = None,
+    vae_bytes: int | None = None,
+    num_texts: int = 1,
+    on_gpu: bool = True,
+) -> MemoryPlan:
+    """The memory of every rank for `workload` at `height` x `width` pixels.
+
+    `codec_rank`: the rank whose device the codec shares, None when it has its own. `text_encoder_bytes` and `vae_bytes`
+    default to UMT5-XXL in `dtype` and Wan's VAE in float32. `num_texts`: different prompts in one job.
+    """
+    sizes, schedule, width_bytes = workload.sizes, workload.schedule, DTYPE_BYTES[dtype]
+    ends = [sum(workload.layers[: rank + 1]) for rank in range(len(workload.layers))]
+    stages = [range(end - count, end) for end, count in zip(ends, workload.layers, strict=True)]
+    per_cached_frame = 2 * workload.tokens_per_frame * sizes.dim * width_bytes  # K and V, per layer and guidance half
+    cached = most_cached_frames(workload)
+    peak = max(_layer_peak(workload, item, width_bytes) for item in _distinct(workload))
+    message = max(_hidden_bytes(workload, item, width_bytes) for item in _distinct(workload))
+    codec = codec_bytes(schedule, height, width, dtype, text_encoder_bytes, vae_bytes)
+    ranks = tuple(
+        RankMemory(
+            weights=sizes.share(stage).num_bytes(dtype) * num_experts,
+            feature_cache=cached * per_cached_frame * len(stage),
+            activations=peak,
+            messages=_messages(rank, len(stages)) * message,
+            text=_text_bytes(workload, len(stage), width_bytes, num_texts) * num_experts + _rope_bytes(workload),
+            latents=_latents_bytes(workload, height, width) if rank == 0 else 0,
+            codec=codec if rank == codec_rank else 0,
+            runtime=GPU_RUNTIME_BYTES * on_gpu,
+        )
+        for rank, stage in enumerate(stages)
+    )
+    return MemoryPlan(ranks, workload.layers, codec)
+
+
+def most_cached_frames(workload: Workload) -> int:
+    """Most latent frames x guidance halves whose K and V a layer holds at once.
+
+    An item's caches are dropped when it ends, while those it leaves behind grow layer by layer, so both are counted.
+    """
+    plan = workload.schedule.plan
+    heads: dict[int | None, int] = {}
+    tails: dict[tuple[int, int | None], int] = {}
+    most = 0
+    for item in workload.schedule.items:
+        halves = workload.halves_of(item)
+        used = heads.pop(item.half, 0) if item.right is Context.CACHE else 0
+        heads.pop(item.half, None)
+        if item.left is Context.CACHE and item.frees_left:
+            used += tails.pop((item.block - 1, item.half))
+        if item.keeps_head:
+            heads[item.half] = plan.num_kept(item.block) * halves
+        replaced = tails.get((item.block, item.half), 0) if item.keeps_tail else 0
+        if item.keeps_tail:
+            tails[item.block, item.half] = plan.num_left(item.block + 1) * halves
+        most = max(most, used + replaced + sum(heads.values()) + sum(tails.values()))
+    return most
+
+
+def codec_bytes(
+    schedule: Schedule, height: int, width: int, dtype: str, text_encoder_bytes: int | None = None, vae_bytes: int | None = None
+) -> int:
+    """Text encoder, VAE, and the decoding of the longest block."""
+    text = umt5_parameters() * DTYPE_BYTES[dtype] if text_encoder_bytes is None else text_encoder_bytes
+    vae = VAE_PARAMETERS * 4 if vae_bytes is None else vae_bytes
+    num_frames = max(len(schedule.plan.frames(block)) for block in range(schedule.plan.num_blocks))
+    return text + vae + height * width * (VAE_BYTES_PER_PIXEL + FRAME_BYTES_PER_PIXEL * num_frames)
+
+
+def format_plan(plan: MemoryPlan) -> str:
+    """The plan as a table: one row per rank, gigabytes (10^9 bytes) by kind."""
+    kinds = [item.name for item in fields(RankMemory) if any(getattr(rank, item.name) for rank in plan.ranks)]
+    rows = [["rank", "layers", *(kind.replace("_", " ") for kind in kinds), "total"]]
+    for number, rank in enumerate(plan.ranks):
+        cells = [f"{getattr(rank, kind) / 1e9:.2f}" for kind in kinds]
+        rows.append([str(number), str(plan.layers[number]), *cells, f"{rank.total / 1e9:.2f}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    where = "on a rank's device (included above)" if any(rank.codec for rank in plan.ranks) else "on a device of its own"
+    total = sum(rank.total for rank in plan.ranks)
+    return "\n".join([*lines, f"All ranks: {gigabytes(total)}. Codec: {gigabytes(plan.codec)}, {where}. GB = 10^9 bytes."])
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Bytes for people: 20.4 GB."""
+    return f"{num_bytes / 1e9:.1f} GB"
+
+
+def _distinct(workload: Workload) -> list[Item]:
+    """One item of each shape: a long job has thousands of items and a handful of shapes."""
+    schedule = workload.schedule
+    return list({(*query_and_key_frames(schedule, item), workload.halves_of(item)): item for item in schedule.items}.values())
+
+
+def _hidden_bytes(workload: Workload, item: Item, width_bytes: int) -> int:
+    """The activations [B, n, D] that travel between stages."""
+    window, _ = query_and_key_frames(workload.schedule, item)
+    return workload.halves_of(item) * window * workload.tokens_per_frame * workload.sizes.dim * width_bytes
+
+
+def _layer_peak(workload: Workload, item: Item, width_bytes: int) -> int:
+    """Bytes alive at the worst moment of a layer, all tensors [B, tokens, D] counted in the stage's dtype or in float32.
+
+    Rotating K: the layer's input, its norm, q, rotated q (queries); k, v, rotated k (keys); k in float32 and its product
+    with the rotation. Feed-forward: input, norm, and the inner tensor before and after GELU. Residual: input, norm, output
+    in dtype, and input, output and their sum in float32. In a float32 model casts make no copies.
+    """
+    window, keys = query_and_key_frames(workload.schedule, item)
+    per_token = workload.halves_of(item) * workload.tokens_per_frame * workload.sizes.dim
+    queries, seen, cast = window * per_token, keys * per_token, int(width_bytes != 4)
+    rotating = (4 * queries + (2 + cast) * seen) * width_bytes + (1 + cast) * seen * 4
+    inner = queries * workload.sizes.ffn_dim // workload.sizes.dim
+    feed_forward = 2 * (queries + inner) * width_bytes
+    residual = 3 * queries * width_bytes + (1 + 2 * cast) * queries * 4
+    return max(rotating, feed_forward, residual)
+
+
+def _messages(rank: int, num_ranks: int) -> int:
+    """Activations [B, n, D] held for the ring: the one being worked on, the next one awaited, the last one being sent.
+
+    Rank 0 receives no activations but runs ahead of the others by up to one item per rank.
+    """
+    if num_ranks == 1:
+        return 1
+    return num_ranks if rank == 0 else 2 + (rank + 1 < num_ranks)
+
+
+def _text_bytes(workload: Workload, num_layers: int, width_bytes: int, num_texts: int) -> int:
+    """Per expert: the projected texts, their K and V in every layer, and the time projections of all steps."""
+    dim = workload.sizes.dim
+    one = workload.num_halves * workload.text_tokens * dim * width_bytes
+    times = workload.schedule.num_steps * dim * (6 * width_bytes + 4)
+    return num_texts * one * (1 + 2 * num_layers) + times
+
+
+def _rope_bytes(workload: Workload) -> int:
+    plan = workload.schedule.plan
+    most = max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks))
+    return most * workload.tokens_per_frame * workload.sizes.dim // workload.sizes.num_heads // 2 * 8  # complex64
+
+
+def _latents_bytes(workload: Workload, height: int, width: int) -> int:
+    frame = workload.sizes.in_channels * (height // VAE_SPATIAL_FACTOR) * (width // VAE_SPATIAL_FACTOR) * 4
+    longest = max(workload.schedule.plan.lengths)
+    return workload.schedule.num_in_flight() * longest * frame * SAMPLER_COPIES

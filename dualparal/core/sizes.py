@@ -1,0 +1,130 @@
+"""Sizes of Wan's parts from their configs: parameters, bytes, tokens. Pure arithmetic, no torch.
+
+Follows `WanTransformer3DModel`, `UMT5EncoderModel` and `AutoencoderKLWan`; tests compare every count with the real modules on
+the meta device. Words: D model dim, H heads, F feed-forward dim, p tokens of one latent frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+VAE_SPATIAL_FACTOR = 8
+VAE_PARAMETERS = 126_892_531  # of every published Wan 2.1 VAE, which Wan2.2-A14B uses too
+
+_PUBLISHED = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096,
+              "freq_dim": 256, "cross_attn_norm": True}  # fmt: skip
+WAN_1_3B = {**_PUBLISHED, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
+WAN_14B = {**_PUBLISHED, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
+UMT5_XXL = {"vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
+            "relative_attention_num_buckets": 32}  # fmt: skip
+# (transformer config, experts): what a plan needs before anything is downloaded.
+PUBLISHED_MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (WAN_1_3B, 1),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (WAN_14B, 1),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (WAN_14B, 2),
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters held in the model's dtype, and those upstream keeps in float32 (`_keep_in_fp32_modules`)."""
+
+    cast: int
+    float32: int
+
+    @property
+    def count(self) -> int:
+        return self.cast + self.float32
+
+    def num_bytes(self, dtype: str) -> int:
+        return self.cast * DTYPE_BYTES[dtype] + self.float32 * 4
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(self.cast + other.cast, self.float32 + other.float32)
+
+    def __mul__(self, times: int) -> Parameters:
+        return Parameters(self.cast * times, self.float32 * times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTSizes:
+    """The numbers of a Wan transformer's config."""
+
+    num_layers: int
+    dim: int
+    num_heads: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    patch_size: tuple[int, int, int]
+    text_dim: int
+    freq_dim: int
+    has_cross_norm: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> DiTSizes:
+        """From a transformer's config.json; what it leaves out has diffusers' defaults (those of the 14B model)."""
+        full = {**WAN_14B, **{key: value for key, value in config.items() if value is not None}}
+        patch_t, patch_h, patch_w = full["patch_size"]
+        return cls(
+            num_layers=full["num_layers"],
+            dim=full["num_attention_heads"] * full["attention_head_dim"],
+            num_heads=full["num_attention_heads"],
+            ffn_dim=full["ffn_dim"],
+            in_channels=full["in_channels"],
+            out_channels=full["out_channels"],
+            patch_size=(patch_t, patch_h, patch_w),
+            text_dim=full["text_dim"],
+            freq_dim=full["freq_dim"],
+            has_cross_norm=full["cross_attn_norm"],
+        )
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """p: tokens of one latent frame of a picture of `height` x `width` pixels."""
+        _, patch_h, patch_w = self.patch_size
+        return (height // VAE_SPATIAL_FACTOR // patch_h) * (width // VAE_SPATIAL_FACTOR // patch_w)
+
+    @property
+    def layer(self) -> Parameters:
+        """One layer: two attentions of four projections and two norms, the feed-forward, a norm, six modulations."""
+        attention = 4 * _linear(self.dim, self.dim) + 2 * self.dim
+        ffn = _linear(self.dim, self.ffn_dim) + _linear(self.ffn_dim, self.dim)
+        return Parameters(2 * attention + ffn, 6 * self.dim + 2 * self.dim * self.has_cross_norm)
+
+    @property
+    def first_stage(self) -> Parameters:
+        """Patch embedding, text and time embedding: only the rank of layer 0 has them."""
+        patch = _linear(self.in_channels * math.prod(self.patch_size), self.dim)
+        text = _linear(self.text_dim, self.dim) + _linear(self.dim, self.dim)
+        time = _linear(self.freq_dim, self.dim) + _linear(self.dim, self.dim)
+        return Parameters(patch + text + _linear(self.dim, 6 * self.dim), time)
+
+    @property
+    def last_stage(self) -> Parameters:
+        """Output head: only the rank of the last layer has it."""
+        return Parameters(_linear(self.dim, self.out_channels * math.prod(self.patch_size)), 2 * self.dim)
+
+    def share(self, layers: range) -> Parameters:
+        """What a rank that runs `layers` holds of one expert."""
+        held = self.layer * len(layers)
+        if layers.start == 0:
+            held += self.first_stage
+        if layers.stop == self.num_layers:
+            held += self.last_stage
+        return held
+
+
+def umt5_parameters(config: Mapping[str, Any] = UMT5_XXL) -> int:
+    """Parameters of a UMT5 encoder (gated feed-forward, a position table in every layer)."""
+    dim, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+    attention = 4 * dim * inner + config["relative_attention_num_buckets"] * config["num_heads"]
+    layer = attention + 3 * dim * config["d_ff"] + 2 * dim
+    return int(config["vocab_size"] * dim + config["num_layers"] * layer + dim)
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
