@@ -207,17 +207,19 @@ def _layer_peak(workload: Workload, item: Item, width_bytes: int) -> int:
     """Bytes alive at the worst moment of a layer, all tensors [B, tokens, D] counted in the stage's dtype or in float32.
 
     Rotating K: the layer's input, its norm, q, rotated q (queries); k, v, rotated k (keys); k in float32 and its product
-    with the rotation. Feed-forward: input, norm, and the inner tensor before and after GELU. Residual: input, norm, output
-    in dtype, and input, output and their sum in float32. In a float32 model casts make no copies.
+    with the rotation. Attention: the same without float32, and its output. Feed-forward: the layer's input, the state after
+    attention, the text's share, norm, and the inner tensor before and after GELU. Residual: the same with the output for the
+    inner tensors, and state, output and their sum in float32. In a float32 model casts make no copies.
     """
     window, keys = query_and_key_frames(workload.schedule, item)
     per_token = workload.halves_of(item) * workload.tokens_per_frame * workload.sizes.dim
     queries, seen, cast = window * per_token, keys * per_token, int(width_bytes != 4)
     rotating = (4 * queries + (2 + cast) * seen) * width_bytes + (1 + cast) * seen * 4
+    attention = (5 * queries + 3 * seen) * width_bytes
     inner = queries * workload.sizes.ffn_dim // workload.sizes.dim
-    feed_forward = 2 * (queries + inner) * width_bytes
-    residual = 3 * queries * width_bytes + (1 + 2 * cast) * queries * 4
-    return max(rotating, feed_forward, residual)
+    feed_forward = (4 * queries + 2 * inner) * width_bytes
+    residual = 5 * queries * width_bytes + (1 + 2 * cast) * queries * 4
+    return max(rotating, attention, feed_forward, residual)
 
 
 def _messages(rank: int, num_ranks: int) -> int:
