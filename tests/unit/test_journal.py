@@ -176,7 +176,7 @@ def test_appending_from_several_processes(job: JobFolder) -> None:
 
 def test_final_event(job: JobFolder) -> None:
     assert job.final_event() is None
-    for event in (EVENTS[0], EVENTS[5], EVENTS[0]):
+    for event in (EVENTS[0], EVENTS[5], EVENTS[3]):
         job.append(event)
     assert job.final_event() == EVENTS[5]
 

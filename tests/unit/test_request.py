@@ -24,8 +24,8 @@ from dualparal.request import (
 PRESET = Preset(limits=Limits(seconds=20_000))
 OPTIONAL = [name for name, info in GenerationRequest.model_fields.items() if not info.is_required()]
 TEXT = ("prompt", "negative_prompt")
-NUMBERS = [name for name in OPTIONAL if name not in (*TEXT, "schedule")]
-WHOLE = ["latents_num", "num_frames", "height", "width", "fps", "num_inference_steps", "seed", "num_per_block", "num_cat"]
+CHOICES = {"schedule": ["paper", "preview"], "context": ["recomputed", "cached"]}
+NUMBERS = [name for name in OPTIONAL if name not in (*TEXT, *CHOICES, "micro_batches")]
 # field: (values that are fine, values that are not)
 RANGES: dict[str, tuple[list[object], list[object]]] = {
     "latents_num": ([1, 40, MAX_LATENTS, 40.0], [0, -1, MAX_LATENTS + 1, 1.5]),
@@ -42,6 +42,8 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
     "seed": ([0, 7, MAX_SEED], [-1, MAX_SEED + 1, 10**5000, 0.5]),
     "num_per_block": ([1, 8, 1024], [0, -8, 1025, 8.5]),
     "num_cat": ([0, 8, 1024], [-1, 1025, 0.5]),
+    "max_in_flight": ([1, 3, 1024], [0, -1, 1025, 1.5]),
+    "stagger": ([1, 16, 1000], [0, -1, 1001, 1.5]),
 }
 
 
@@ -121,11 +123,26 @@ def test_wrong_text(field: str, value: object, words: str) -> None:
     assert words in str(error)
 
 
-@pytest.mark.parametrize("value", [None, 5, "", "zigzag", "PAPER", ["paper"]])
-def test_schedule(value: object) -> None:
-    assert GenerationRequest(prompt="x", schedule="paper").schedule == "paper"
-    if value is not None:
-        assert "paper" in str(refused(prompt="x", schedule=value))
+@pytest.mark.parametrize("field", CHOICES)
+@pytest.mark.parametrize("value", [5, "", "zigzag", "PAPER", ["paper"], True, math.nan, "<b>"])
+def test_choices(field: str, value: object) -> None:
+    for choice in CHOICES[field]:
+        assert getattr(GenerationRequest(prompt="x", **{field: choice}), field) == choice
+    error = refused(prompt="x", **{field: value})
+    assert error.field == field
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_choices_are_named(field: str) -> None:
+    for choice in CHOICES[field]:
+        assert choice in str(refused(prompt="x", **{field: "zigzag"}))
+
+
+def test_micro_batches_is_yes_or_no() -> None:
+    for value in (True, False):
+        assert GenerationRequest(prompt="x", micro_batches=value).micro_batches is value
+    for bad in (2, -1, math.nan, "maybe", "", [True], 0.5):
+        assert refused(prompt="x", micro_batches=bad).field == "micro_batches"
 
 
 def test_prompt_is_needed() -> None:
@@ -223,6 +240,7 @@ def test_resolve_fills_everything_from_the_preset() -> None:
         "prompt": "a fox", "negative_prompt": "ugly", "latents_num": 21, "num_frames": None, "seconds": None, "height": 96,
         "width": 64, "fps": 8, "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_scale_2": 2.5,
         "boundary_ratio": None, "flow_shift": 4.0, "seed": 5, "num_per_block": 6, "num_cat": 3, "schedule": "paper",
+        "context": "recomputed", "max_in_flight": None, "stagger": None, "micro_batches": None,
     }  # fmt: skip
     assert resolved.is_resolved
     assert not GenerationRequest(prompt="a fox").is_resolved
@@ -234,7 +252,8 @@ def test_own_values_win() -> None:
     own = {
         "prompt": "x", "negative_prompt": "", "latents_num": 3, "height": 32, "width": 48, "fps": 24,
         "num_inference_steps": 2, "guidance_scale": 0.0, "guidance_scale_2": 0.0, "flow_shift": 1.0, "seed": 0,
-        "num_per_block": 2, "num_cat": 0, "schedule": "paper",
+        "num_per_block": 2, "num_cat": 0, "schedule": "preview",
+        "context": "cached", "max_in_flight": 1, "stagger": 2, "micro_batches": False,
     }  # fmt: skip
     resolved = GenerationRequest(**own).resolve(Preset(negative_prompt="ugly"))
     assert resolved.model_dump(exclude_none=True) == own, "zero and the empty text are values"
