@@ -20,9 +20,10 @@ from typing import Any
 from dualparal import __version__
 from dualparal.cli_progress import follow
 from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetError, RequestError
+from dualparal.events import Finished
 from dualparal.presets import find_preset, load_presets
 from dualparal.request import SCHEDULES, GenerationRequest
-from dualparal.runtime.journal import check_job_id, new_job_id
+from dualparal.runtime.journal import check_job_id, find_job, list_jobs, new_job_id, outputs_folder
 
 STOPPED = 130
 
@@ -70,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--export_image", action="store_true", help="also write every frame as PNG")
     generate.add_argument("--job_id", help="id of the job and name of its folder (default: drawn)")
     generate.set_defaults(run=_generate)
+
+    resume = commands.add_parser("resume", help="go on with a job that was interrupted, stopped or failed")
+    resume.add_argument("job", help="the job's id, or 'last' for the newest unfinished one")
+    resume.add_argument("--save_file", type=Path, metavar="MP4", help="also copy the finished video here")
+    _add_engine_flags(resume)
+    resume.set_defaults(run=_resume)
 
     commands.add_parser("serve", help="the page and the API (see serve --help)", add_help=False)
     commands.add_parser("bench", help="measure quality or speed (see bench --help)", add_help=False)
@@ -168,6 +175,28 @@ def _generate(options: argparse.Namespace) -> int:
     with _sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
         job = engine.submit(request, export_images=options.export_image, job_id=job_id)
         return finish_job(engine, job, options.save_file)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    outputs = outputs_folder(options.outputs)
+    if options.job == "last":
+        unfinished = (job for job in list_jobs(outputs) if not isinstance(job.final_event(), Finished))
+        folder = next(unfinished, None)
+        if folder is None:
+            raise RequestError(f"there is no unfinished job in {outputs}", "job")
+    else:
+        folder = find_job(outputs, options.job)
+    record = folder.record()
+    if not options.model_id and not options.preset:
+        options.model_id = record.get("model")
+    options.dtype = options.dtype or record.get("dtype")
+    options.threads = options.threads or record.get("threads")
+    engine = make_engine(options)
+    if options.save_file:
+        _check_writable(options.save_file)
+    print(f"job {folder.job_id}", flush=True)
+    with _sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
+        return finish_job(engine, engine.resume(folder.job_id), options.save_file)
 
 
 def finish_job(engine: Any, job: Any, save_file: Path | None) -> int:

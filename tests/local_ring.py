@@ -21,6 +21,7 @@ from dualparal.model.layout import Checkpoint, split_layers
 from dualparal.model.stage import JobShape, Stage
 from dualparal.runtime.coordinator import Denoiser
 from dualparal.runtime.stage_worker import SpanLog, run_stage
+from dualparal.runtime.state import SweepState
 
 DEADLINE_S = 120
 
@@ -96,6 +97,8 @@ def denoise_in_threads(
     stop_after: int | None = None,
     noise: Sequence[torch.Tensor] | None = None,
     rules: Rules | None = None,
+    saver: Any = None,
+    resume: SweepState | None = None,
     dtype: str = "float32",
 ) -> dict[int, torch.Tensor]:
     """Latents of each finished block. `texts[i]`: guidance halves of text i; `stop_after` items the job is stopped."""
@@ -121,12 +124,16 @@ def denoise_in_threads(
         stages[0], links[0], schedule, samplers, iter(noise),
         is_stopped=lambda: stop_after is not None and next(launched) >= stop_after,
         on_step=done.append, on_block=lambda b, x: blocks.update({b: x}), spans=SpanLog("stage 0", lambda _: None),
+        saver=saver,
     )  # fmt: skip
+    if resume is not None:
+        denoiser.restore(resume)
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
-            run_stage(stages[rank], links[rank], schedule, SpanLog(f"stage {rank}", lambda _: None))
+            spans = SpanLog(f"stage {rank}", lambda _: None)
+            run_stage(stages[rank], links[rank], schedule, spans, start=resume.next_index if resume else 0)
         except BaseException as error:
             errors.append(error)
 

@@ -15,6 +15,8 @@ from diffusers import UniPCMultistepScheduler
 
 from dualparal.errors import CheckpointError
 
+_COUNTS = ("lower_order_nums", "this_order")  # of UniPC, besides its step index
+
 
 class SamplerFactory:
     """Makes one fresh sampler per block. `timesteps` [num_steps] int64 are shared by all of them, noisiest first."""
@@ -64,3 +66,33 @@ class BlockSampler:
         self._step += 1
         result: torch.Tensor = self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return result
+
+    def state(self) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+        """(counts, tensors) from which `restore` goes on with the same bits. Nothing is copied: UniPC never writes into the
+        tensors it holds."""
+        scheduler = self._scheduler
+        counts = {"step": self._step, **{name: int(getattr(scheduler, name)) for name in _COUNTS if hasattr(scheduler, name)}}
+        tensors = {f"model_outputs.{i}": x for i, x in enumerate(scheduler.model_outputs) if x is not None}
+        tensors |= {f"timestep_list.{i}": torch.as_tensor(x) for i, x in enumerate(scheduler.timestep_list) if x is not None}
+        if scheduler.last_sample is not None:
+            tensors["last_sample"] = scheduler.last_sample
+        return counts, tensors
+
+    def restore(self, counts: dict[str, int], tensors: dict[str, torch.Tensor]) -> None:
+        """Take up what `state` gave; `self` must be a fresh sampler of the same factory."""
+        scheduler = self._scheduler
+        self._step = counts["step"]
+        for name in _COUNTS:
+            if name in counts:
+                setattr(scheduler, name, counts[name])
+        if self._step:
+            scheduler._step_index = self._step
+        device = scheduler.timesteps.device
+        for key, value in tensors.items():
+            name, _, index = key.partition(".")
+            if name == "timestep_list":
+                scheduler.timestep_list[int(index)] = value.to(device)
+            elif name == "model_outputs":
+                scheduler.model_outputs[int(index)] = value.to(device)
+            else:
+                scheduler.last_sample = value.to(device)

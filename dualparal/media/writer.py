@@ -97,6 +97,14 @@ class VideoWriter:
         self.segments.append(segment)
         return segment
 
+    def adopt_block(self, num_frames: int) -> Segment | None:
+        """Take the next block from disk if a run before has written it whole; None when it has not."""
+        segment = Segment(self._next_path(), self.num_frames, num_frames, num_frames / self.fps)
+        if not segment.path.is_file():
+            return None
+        self.segments.append(segment)
+        return segment
+
     def finish(self, settings: str) -> Path | None:
         """Join all segments into `video.mp4` with `settings` in its metadata; None when there is no block.
 

@@ -150,11 +150,15 @@ class OpenedVideo:
         decoder.begin()
 
     def add(self, message: DecodeBlock) -> None:
-        """Decode one block, write its segment, tell the front end."""
+        """Decode one block, write its segment, tell the front end.
+
+        After a resume, a block whose segment is there already is decoded for the VAE's feature cache only.
+        """
         started_s = time.monotonic()
         frames = to_uint8(self._decoder.decode(torch.from_numpy(message.latents))).numpy()
         decoded_s = time.monotonic()
-        segment = self._writer.add_block(frames)
+        is_known = self.job.is_resumed and self._writer.adopt_block(len(frames)) is not None
+        segment = self._writer.segments[-1] if is_known else self._writer.add_block(frames)
         encoded_s = time.monotonic()
         self._decode_s += decoded_s - started_s
         self._encode_s += encoded_s - decoded_s
@@ -166,6 +170,8 @@ class OpenedVideo:
             Span("encode", decoded_s, encoded_s, message.block, 0),
         )
         self._uplink.send(Spans(self.job.job_id, spans))
+        if is_known:
+            return  # told by the run before
         self._uplink.send(
             BlockReady(
                 job_id=self.job.job_id, block=message.block, path=str(segment.path), first_frame=segment.first_frame,

@@ -15,6 +15,7 @@ import torch
 from dualparal.core.sampler import BlockSampler, SamplerFactory
 from dualparal.core.schedule import Item, Schedule
 from dualparal.runtime.stage_worker import RunsItems, SpanLog
+from dualparal.runtime.state import StateWriter, SweepState
 from dualparal.runtime.transport import Links, pack
 
 
@@ -33,9 +34,10 @@ class Denoiser:
         on_step: Callable[[Item], None],
         on_block: Callable[[int, torch.Tensor], None],
         spans: SpanLog,
+        saver: StateWriter | None = None,
     ) -> None:
         """`noise` yields each block's initial latents in order. `on_step` is told of every block step done, `on_block` gets
-        each finished block's latents [1, C, F, h, w] float32."""
+        each finished block's latents [1, C, F, h, w] float32, `saver` finished blocks and sweep borders."""
         self._stage, self._links, self._schedule = stage, links, schedule
         self._new_sampler, self._noise = samplers.new, noise
         self._device = samplers.timesteps.device
@@ -47,11 +49,31 @@ class Denoiser:
         self._tails: dict[tuple[int, int], torch.Tensor] = {}
         self._heads: dict[tuple[int, int], torch.Tensor] = {}
         self._under_way: deque[Item] = deque()
+        self._saver = saver
+        self._start = 0
+        items = schedule.items
+        self._borders = {item.index for item, after in itertools.pairwise(items) if item.sweep != after.sweep}
+
+    def restore(self, state: SweepState) -> None:
+        """Go on from a saved border instead of from the start; the finished blocks before it are the caller's business."""
+        self._start = state.next_index
+        done = {item.block for item in self._schedule.items[: state.next_index]}
+        for block in sorted(done):
+            noise = next(self._noise)  # replayed, so that the blocks still to come get theirs
+            del noise
+            self._version[block] = self._schedule.num_steps
+            if block in state.latents:
+                self._latents[block] = state.latents[block].to(self._device)
+                self._samplers[block] = self._new_sampler()
+                self._samplers[block].restore(state.counts[block], state.samplers[block])
+                self._version[block] = state.counts[block]["step"]
+        self._tails = {key: x.to(self._device) for key, x in state.tails.items()}
+        self._heads = {key: x.to(self._device) for key, x in state.heads.items()}
 
     def run(self) -> bool:
         """Walk the schedule. However it ends, no posted receive is left unmatched."""
         most = 2 * self._links.ranks
-        for item in self._schedule.items:
+        for item in self._schedule.items[self._start :]:
             if self._is_stopped():
                 self._send_stop(item)
                 self._drain()
@@ -89,13 +111,9 @@ class Denoiser:
         if item.left_version is not None:
             key = (item.block - 1, item.left_version)
             parts.insert(0, self._tails[key])
-            if self._schedule.last_left_use[key] == item.index:
-                del self._tails[key]
         if item.right_version is not None:
             key = (item.block + 1, item.right_version)
             parts.append(self._heads[key])
-            if self._schedule.last_right_use[key] == item.index:
-                del self._heads[key]
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
     def _expect(self, item: Item) -> None:
@@ -135,9 +153,39 @@ class Denoiser:
         self._version[block] = item.step + 1
         self._record(block)
         self._on_step(item)
+        self._release(item)
         if item.step + 1 == self._schedule.num_steps:
             del self._samplers[block]
-            self._on_block(block, self._latents.pop(block))
+            latents = self._latents.pop(block)
+            if self._saver is not None:
+                self._saver.save_block(block, latents)
+            self._on_block(block, latents)
+        if self._saver is not None and item.index in self._borders and self._saver.wants_sweep():
+            self._saver.save_sweep(self._snapshot(item))
+
+    def _release(self, item: Item) -> None:
+        """Drop the ends that no item after `item` will see. Now, not when it was sent: a border saved meanwhile needs them."""
+        for tape, uses, neighbour, version in (
+            (self._tails, self._schedule.last_left_use, item.block - 1, item.left_version),
+            (self._heads, self._schedule.last_right_use, item.block + 1, item.right_version),
+        ):
+            if version is not None and uses[neighbour, version] <= item.index:
+                del tape[neighbour, version]
+
+    def _snapshot(self, item: Item) -> SweepState:
+        """The border after `item`. Predictions are applied in schedule order, so all there is is as old as the border, but
+        for blocks that have entered since; they enter again."""
+        blocks = [block for block in self._latents if self._version[block] > 0]
+        states = {block: self._samplers[block].state() for block in blocks}
+        return SweepState(
+            next_index=item.index + 1,
+            num_finished=sum(version == self._schedule.num_steps for version in self._version.values()),
+            latents={block: self._latents[block] for block in blocks},
+            counts={block: counts for block, (counts, _) in states.items()},
+            samplers={block: tensors for block, (_, tensors) in states.items()},
+            tails={key: x for key, x in self._tails.items() if self._version[key[0]] > 0},
+            heads={key: x for key, x in self._heads.items() if self._version[key[0]] > 0},
+        )
 
     def _record(self, block: int) -> None:
         """Keep the ends of the block that later items will ask for at this version."""

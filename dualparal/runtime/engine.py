@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import threading
 import time
 import weakref
@@ -31,7 +32,7 @@ from dualparal.presets import Preset
 from dualparal.request import GenerationRequest
 from dualparal.runtime.devices import place
 from dualparal.runtime.job import Job
-from dualparal.runtime.journal import JobFolder, new_job_id, outputs_folder
+from dualparal.runtime.journal import STATE_FOLDER, JobFolder, find_job, new_job_id, outputs_folder
 from dualparal.runtime.launch import WorkerGroup
 from dualparal.runtime.messages import (
     Beat,
@@ -206,7 +207,8 @@ class Engine:
                 raise QueueFull(f"{len(self._queue)} jobs are waiting, the most there may be; try again later")
             folder = JobFolder.create(
                 self.outputs, job_id or new_job_id(), resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
-                owner=owner, ranks=self.ranks, dtype=self.dtype, threads=self._options.threads,
+                owner=owner, ranks=self.ranks, dtype=self.dtype, threads=self._options.threads, export_images=export_images,
+                has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)),
             )  # fmt: skip
             run = RunJob(
                 folder.job_id, resolved, str(folder.path), return_latents, export_images,
@@ -215,9 +217,46 @@ class Engine:
                 None if negative_prompt_embeds is None else _to_numpy(negative_prompt_embeds),
             )  # fmt: skip
             job = Job(run, folder, owner, self._request_cancel)
-            self._jobs[job.id] = job
-            self._queue.append(job)
-            job.emit(Queued(job_id=job.id, position=len(self._queue) - 1 + (self._at_rank_0 is not None)))
+            self._enqueue(job)
+        self._wake()
+        return job
+
+    def _enqueue(self, job: Job) -> None:
+        self._jobs[job.id] = job
+        self._queue.append(job)
+        job.emit(Queued(job_id=job.id, position=len(self._queue) - 1 + (self._at_rank_0 is not None)))
+
+    def resume(self, job_id: str, *, return_latents: bool = False) -> Job:
+        """Queue a job of this outputs folder again that was interrupted, stopped or failed; it goes on from its last saved
+        sweep and gives the bits it would have given. Raises `RequestError` when there is nothing to resume."""
+        folder = find_job(self.outputs, job_id)
+        with self._changed:
+            if self._state in ("failed", "closed") or self._is_closing:
+                raise self._failure()
+            known = self._jobs.get(job_id)
+            if known is not None and not known.has_ended:
+                raise RequestError(f"job {job_id} has not ended; there is nothing to resume", "job_id")
+            if isinstance(folder.final_event(), Finished):
+                raise RequestError(f"job {job_id} has finished; its video is {folder.video}", "job_id")
+            record = folder.record()
+            if record.get("model") != str(self.checkpoint.folder) or record.get("dtype") != self.dtype:
+                raise RequestError(
+                    f"job {job_id} was made with {record.get('model')} in {record.get('dtype')}; this engine runs "
+                    f"{self.checkpoint.folder} in {self.dtype}",
+                    "job_id",
+                )
+            if record.get("has_tensors"):
+                raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
+            if record.get("threads") != self._options.threads:
+                log.warning("job %s was begun with %s threads per process; bits may differ", job_id, record.get("threads"))
+            run = RunJob(
+                job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")), is_resumed=True
+            )
+            job = Job(run, folder, str(record.get("owner", "")), self._request_cancel)
+            for event in folder.events():
+                if isinstance(event, BlockReady):
+                    job.emit(event, is_stored=False)
+            self._enqueue(job)
         self._wake()
         return job
 
@@ -373,6 +412,8 @@ class Engine:
             case VideoClosed():
                 self._decoding.pop(job.id, None)
                 job.keep_latents(message.latents)
+                if not message.is_cancelled:
+                    shutil.rmtree(job.folder.path / STATE_FOLDER, ignore_errors=True)
                 job.emit(self._final_event(job, message))
             case JobError():
                 self._decoding.pop(job.id, None)

@@ -8,6 +8,7 @@ only appended to (a torn last line is ignored), and everything else is written u
                      block_0000.ts    one playable segment per finished block
                      video.mp4        all finished blocks, settings in its metadata
                      timeline.json    when each stage worked on what
+                     state/           what resume needs; gone once the job has finished (`runtime.state`)
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from dualparal.errors import OutputError, RequestError
-from dualparal.events import FINAL, Event, Progress, event_from_json
+from dualparal.events import FINAL, Event, Progress, Queued, event_from_json
 from dualparal.request import GenerationRequest
 
 JOB_ID = re.compile(r"[0-9a-f-]{6,36}")
+STATE_FOLDER = "state"
 SEGMENT = re.compile(r"block_([0-9]+)\.ts")
 
 
@@ -144,8 +146,9 @@ class JobFolder:
         return found
 
     def final_event(self) -> Event | None:
-        """The event that ended the job, or None while it is queued, running or interrupted."""
-        return next((event for event in reversed(self.events()) if isinstance(event, FINAL)), None)
+        """The event that ended the job, or None while it is queued (again), running or interrupted."""
+        last = next((event for event in reversed(self.events()) if isinstance(event, (*FINAL, Queued))), None)
+        return None if isinstance(last, Queued) else last
 
     def segments(self) -> list[Path]:
         """The finished blocks' segments, in order."""

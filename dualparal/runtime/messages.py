@@ -56,6 +56,7 @@ class RunJob:
     latents: tuple[np.ndarray, ...] | None = None  # per block [1, C, F, h, w]
     prompt_embeds: np.ndarray | None = None  # [1, L, text dim]
     negative_prompt_embeds: np.ndarray | None = None
+    is_resumed: bool = False  # go on from the state in `folder`
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class JobSpec:
     experts: tuple[int, ...]
     shape: JobShape
     conditions: list[Conditions]
+    start: int = 0  # index of the first item to run
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from dualparal.model.layout import Checkpoint
 from dualparal.model.stage import JobShape, Stage
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.coordinator import Denoiser
+from dualparal.runtime.journal import STATE_FOLDER
 from dualparal.runtime.messages import (
     CancelJob,
     CloseVideo,
@@ -46,6 +47,7 @@ from dualparal.runtime.messages import (
     WorkerOptions,
 )
 from dualparal.runtime.stage_worker import SpanLog, serve_stage
+from dualparal.runtime.state import StateWriter, read_state
 from dualparal.runtime.transport import IDLE_TIMEOUT, DistributedLinks, Links, SoloLinks
 from dualparal.runtime.worker import Uplink, call_hook, describe_error, quiet_libraries, run_worker
 
@@ -173,6 +175,7 @@ class Coordinator:
         )  # fmt: skip
         timings: dict[str, float] = {}
         height, width = self._latent_size(request)
+        state, before = read_state(Path(job.folder) / STATE_FOLDER) if job.is_resumed else (None, [])
         noise = self._noise(job, plan, height, width)
         texts = self._texts(job, timings)
         self._to_codec.put(OpenVideo(job, *_px(request)))
@@ -192,12 +195,14 @@ class Coordinator:
                     height, width, len(texts[0]), (request.guidance_scale, request.guidance_scale_2), (0,) * plan.num_blocks
                 ),
                 self._stage.embed_conditions(samplers.timesteps, texts),
+                start=state.next_index if state else 0,
             )
             schedule = make_schedule(spec.rules, plan, spec.experts)
             self._links.broadcast(spec)
             self._stage.begin(spec.shape, schedule, spec.conditions)
-            progress = ProgressReport(job.job_id, schedule, self._uplink)
-            finished = Denoiser(
+            progress = ProgressReport(job.job_id, schedule, self._uplink, spec.start)
+            saver = None if request.context == "cached" else StateWriter(Path(job.folder) / STATE_FOLDER)
+            denoiser = Denoiser(
                 self._stage, self._links, schedule, samplers, noise,
                 is_stopped=lambda: self._is_stopped(job.job_id),
                 on_step=progress.step,
@@ -205,9 +210,18 @@ class Coordinator:
                     DecodeBlock(job.job_id, block, latents.cpu().numpy())
                 ),
                 spans=SpanLog("stage 0", lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
-            ).run()  # fmt: skip
+                saver=saver,
+            )  # fmt: skip
+            for block, latents in enumerate(before):
+                self._to_codec.put(DecodeBlock(job.job_id, block, latents.numpy()))
+            if state is not None:
+                denoiser.restore(state)
+            finished = denoiser.run()
             self._stage.end()
             timings["denoise_s"] = time.monotonic() - started_s
+            if saver is not None:
+                saver.close()
+                timings["save_s"] = saver.seconds
         self._to_codec.put(CloseVideo(job.job_id, not finished, timings))
 
     def _latent_size(self, request: GenerationRequest) -> tuple[int, int]:
@@ -272,13 +286,18 @@ class Coordinator:
 class ProgressReport:
     """Counts block steps and tells the front end a few times a second."""
 
-    def __init__(self, job_id: str, schedule: Schedule, uplink: Uplink) -> None:
+    def __init__(self, job_id: str, schedule: Schedule, uplink: Uplink, start: int = 0) -> None:
         self._job_id, self._num_steps, self._uplink = job_id, schedule.num_steps, uplink
         self._steps = [0] * schedule.plan.num_blocks
         # Window frames are a fair measure of an item's work.
         self._frames = {(item.block, item.step): sum(schedule.window_frames(item)) for item in schedule.items if item.is_whole}
         self._total = sum(self._frames.values())
         self._done = 0
+        for item in schedule.items[:start]:
+            if item.is_whole:
+                self._steps[item.block] = item.step + 1
+                self._done += self._frames[item.block, item.step]
+        self._resumed_at = self._done
         self._started_s = time.monotonic()
         self._sent_s = 0.0
 
@@ -290,7 +309,7 @@ class ProgressReport:
         if now_s - self._sent_s < PROGRESS_INTERVAL_S and not is_last and item.step + 1 < self._num_steps:
             return
         self._sent_s = now_s
-        rate = self._done / max(now_s - self._started_s, 1e-6)
+        rate = (self._done - self._resumed_at) / max(now_s - self._started_s, 1e-6)
         self._uplink.send(
             Progress(
                 job_id=self._job_id,

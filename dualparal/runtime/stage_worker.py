@@ -40,12 +40,13 @@ def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span
             return
         schedule = make_schedule(spec.rules, spec.plan, spec.experts)
         stage.begin(spec.shape, schedule, spec.conditions)
-        run_stage(stage, links, schedule, SpanLog(f"stage {links.rank}", functools.partial(report, spec.job_id)))
+        spans = SpanLog(f"stage {links.rank}", functools.partial(report, spec.job_id))
+        run_stage(stage, links, schedule, spans, start=spec.start)
         stage.end()
 
 
-def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog) -> None:
-    """One job on a rank other than 0; returns after the last item, or at the item where rank 0 stopped."""
+def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog, *, start: int = 0) -> None:
+    """One job on a rank other than 0, from item `start`; returns after the last item, or at the one where rank 0 stopped."""
     incoming, outgoing = links.incoming, links.outgoing
     assert incoming is not None and outgoing is not None
     items = schedule.items
@@ -55,8 +56,8 @@ def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog
             batch, tokens, dim = stage.hidden_shape(items[index])
             incoming.post(batch * tokens * dim + 1, stage.dtype)
 
-    post(0)
-    for item in items:
+    post(start)
+    for item in items[start:]:
         message = incoming.take()
         hidden = unpack(message, stage.hidden_shape(item))
         if hidden is None:
