@@ -65,7 +65,7 @@ def tiny_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One expert, seven layers, its DiT spread over many small safetensors files."""
-    return _checkpoint(tmp_path_factory, "sharded", num_layers=7, max_shard_size="40KB", seed=2)
+    return _checkpoint(tmp_path_factory, "sharded", num_layers=7, max_shard_size="20KB", seed=2)
 
 
 # What a test of processes leaves behind

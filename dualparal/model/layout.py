@@ -7,6 +7,7 @@ before any process starts. Follows the safetensors format: 8 bytes little-endian
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ CLASSES = {
     "text_encoder": ("UMT5EncoderModel",),
     "scheduler": ("UniPCMultistepScheduler",),
 }
+# Beyond these a config is damaged: nothing is allocated or counted by it.
+CONFIG_LIMITS = {
+    "num_layers": 1000, "num_attention_heads": 1000, "attention_head_dim": 10_000, "ffn_dim": 1_000_000, "in_channels": 10_000,
+    "text_dim": 1_000_000, "freq_dim": 100_000, "rope_max_seq_len": 10_000_000,
+}  # fmt: skip
 WEIGHT_NAMES = {"text_encoder": "model"}  # transformers' name; diffusers' is the default below
 
 
@@ -66,7 +72,7 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        return int(self.config("transformer")["num_layers"])
+        return int(self.config("transformer").get("num_layers", 40))
 
     def tensors(self, component: str) -> dict[str, TensorInfo]:
         """Every tensor of a component, from the headers of its safetensors file or files. Checks that no file is cut off."""
@@ -84,9 +90,10 @@ class Checkpoint:
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map; download it again")
         found: dict[str, TensorInfo] = {}
-        for name in sorted(set(weight_map.values())):
+        for name in weight_map.values():
             if not isinstance(name, str) or Path(name).name != name:
                 raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
+        for name in sorted(set(weight_map.values())):
             found |= read_header(folder / name)
         if lost := sorted(set(weight_map) - set(found)):
             raise CheckpointError(f"{index} lists {lost[0]} (and {len(lost) - 1} more) that its files do not hold")
@@ -96,6 +103,14 @@ class Checkpoint:
         """Raise `CheckpointError` for the first thing that would stop a run: file, class, key or byte missing."""
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder; give a Wan checkpoint in diffusers' layout")
+        try:
+            self._validate()
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.folder} has a config that makes no sense ({type(error).__name__}: {str(error)[:100]}); download it again"
+            ) from None
+
+    def _validate(self) -> None:
         if self.index.get("expand_timesteps"):
             raise CheckpointError(f"{self.folder} is a text-image-to-video model (expand_timesteps); use a T2V checkpoint")
         for component in (*self.transformers, "vae", "text_encoder", "scheduler"):
@@ -121,12 +136,39 @@ class Checkpoint:
         config, where = self.config(component), self.folder / component
         if config.get("image_dim") or config.get("added_kv_proj_dim"):
             raise CheckpointError(f"{where} is an image-to-video model (image_dim is set); use a T2V checkpoint")
+        for name, most in CONFIG_LIMITS.items():
+            if not isinstance(value := config.get(name, 1), int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise CheckpointError(
+                    f"{where}/config.json says {name}={value!r}, not a number of 1 to {most}; download it again"
+                )
         if next(iter(config.get("patch_size", (1, 2, 2)))) != 1:
             raise CheckpointError(f"{where} has patch_size {config['patch_size']}; patches of several frames are not supported")
-        if config.get("num_layers") != self.num_layers:
-            raise CheckpointError(f"{where} has {config.get('num_layers')} layers, the first expert {self.num_layers}")
-        if missing := sorted(set(transformer_owners(config)) - set(self.tensors(component))):
+        if (num_layers := config.get("num_layers", 40)) != self.num_layers:
+            raise CheckpointError(f"{where} has {num_layers} layers, the first expert {self.num_layers}")
+        shapes, tensors = transformer_shapes(config), self.tensors(component)
+        if missing := sorted(set(shapes) - set(tensors)):
             raise CheckpointError(f"{where} lacks {missing[0]} (and {len(missing) - 1} more tensors); download it again")
+        for key, shape in shapes.items():
+            if tensors[key].shape != shape:
+                raise CheckpointError(
+                    f"{tensors[key].file}: {key} has shape {list(tensors[key].shape)}, the config says {list(shape)}"
+                )
+        if surplus := sorted(key for key in tensors if key.startswith("blocks.") and key not in shapes):
+            raise CheckpointError(
+                f"{where} holds {surplus[0]} (and {len(surplus) - 1} more tensors) that its config does not know, "
+                f"num_layers={num_layers} among it; download it again"
+            )
+        text_dim, d_model = config.get("text_dim", 4096), self.config("text_encoder").get("d_model")
+        if text_dim != d_model:
+            raise CheckpointError(
+                f"{where} expects text_dim={text_dim}, the text encoder gives {d_model}; they are of two models"
+            )
+        channels, z_dim = config.get("in_channels", 16), self.config("vae").get("z_dim", 16)
+        if not channels == (config.get("out_channels") or channels) == z_dim:
+            raise CheckpointError(
+                f"{where} takes in_channels={channels} and gives {config.get('out_channels')}, the VAE has {z_dim}; "
+                "use a T2V checkpoint"
+            )
 
 
 def transformer_owners(config: dict[str, Any]) -> dict[str, int]:
@@ -134,7 +176,7 @@ def transformer_owners(config: dict[str, Any]) -> dict[str, int]:
 
     -1 stands for the first stage (patch and condition embedding), `num_layers` for the last (output head).
     """
-    num_layers = int(config["num_layers"])
+    num_layers = int(config.get("num_layers", 40))
     linear = ("weight", "bias")
     first = [f"patch_embedding.{end}" for end in linear]
     for part in (
@@ -156,6 +198,35 @@ def transformer_owners(config: dict[str, Any]) -> dict[str, int]:
     for number in range(num_layers):
         owners |= {f"blocks.{number}.{key}": number for key in layer}
     return owners | dict.fromkeys(("proj_out.weight", "proj_out.bias", "scale_shift_table"), num_layers)
+
+
+def transformer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a WanTransformer3DModel with this config."""
+    dim = int(config.get("num_attention_heads", 40)) * int(config.get("attention_head_dim", 128))
+    channels, ffn_dim = int(config.get("in_channels", 16)), int(config.get("ffn_dim", 13824))
+    patch = tuple(config.get("patch_size", (1, 2, 2)))
+    out = int(config.get("out_channels") or channels) * math.prod(patch)
+    linear = {  # by the end of the name: (outputs, inputs)
+        "time_embedder.linear_1": (dim, int(config.get("freq_dim", 256))),
+        "text_embedder.linear_1": (dim, int(config.get("text_dim", 4096))),
+        "time_proj": (6 * dim, dim),
+        "ffn.net.0.proj": (ffn_dim, dim),
+        "ffn.net.2": (dim, ffn_dim),
+        "proj_out": (out, dim),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key in transformer_owners(config):
+        module, _, end = key.rpartition(".")
+        size = next((size for name, size in linear.items() if module.endswith(name)), (dim, dim))
+        if end == "scale_shift_table":
+            shapes[key] = (1, 6 if module else 2, dim)
+        elif "norm" in module:
+            shapes[key] = (dim,)
+        elif module == "patch_embedding":
+            shapes[key] = (dim, channels, *patch) if end == "weight" else (dim,)
+        else:
+            shapes[key] = size if end == "weight" else size[:1]
+    return shapes
 
 
 def split_layers(num_layers: int, ranks: int, layer_split: Sequence[int] | None = None) -> tuple[range, ...]:
