@@ -22,7 +22,7 @@ from dualparal.cli_progress import follow
 from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetError, RequestError
 from dualparal.events import Finished
 from dualparal.presets import find_preset, load_presets
-from dualparal.request import SCHEDULES, GenerationRequest
+from dualparal.request import CONTEXTS, SCHEDULES, GenerationRequest
 from dualparal.runtime.journal import check_job_id, find_job, list_jobs, new_job_id, outputs_folder
 
 STOPPED = 130
@@ -120,7 +120,17 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
     request.add_argument("--seed", type=int)
     request.add_argument("--num_per_block", type=int, metavar="N")
     request.add_argument("--num_cat", type=int, metavar="N")
-    request.add_argument("--schedule", choices=SCHEDULES)
+    request.add_argument("--schedule", choices=SCHEDULES, help="paper: the authors' order; preview: first frames soonest")
+    request.add_argument("--context", choices=CONTEXTS, help="left context run again, or kept as K and V (more memory, faster)")
+    request.add_argument("--max_in_flight", type=int, metavar="N", help="blocks denoised at once (preview)")
+    request.add_argument("--stagger", type=int, metavar="N", help="steps between neighbouring blocks (preview)")
+    request.add_argument("--micro_batches", type=_on_off, metavar="on|off", help="guidance halves travel one by one")
+
+
+def _on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return text == "on"
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
