@@ -141,7 +141,7 @@ def memory_plan(
 def most_cached_frames(workload: Workload) -> int:
     """Most latent frames x guidance halves whose K and V a layer holds at once.
 
-    An item's caches are dropped when it ends, while those it leaves behind grow layer by layer, so both are counted.
+    A layer drops what it uses before it leaves anything behind, so the most is held between two items.
     """
     plan = workload.schedule.plan
     heads: dict[int | None, int] = {}
@@ -149,16 +149,15 @@ def most_cached_frames(workload: Workload) -> int:
     most = 0
     for item in workload.schedule.items:
         halves = workload.halves_of(item)
-        used = heads.pop(item.half, 0) if item.right is Context.CACHE else 0
         heads.pop(item.half, None)
         if item.left is Context.CACHE and item.frees_left:
-            used += tails.pop((item.block - 1, item.half))
+            del tails[item.block - 1, item.half]
         if item.keeps_head:
             heads[item.half] = plan.num_kept(item.block) * halves
         replaced = tails.get((item.block, item.half), 0) if item.keeps_tail else 0
         if item.keeps_tail:
             tails[item.block, item.half] = plan.num_left(item.block + 1) * halves
-        most = max(most, used + replaced + sum(heads.values()) + sum(tails.values()))
+        most = max(most, replaced + sum(heads.values()) + sum(tails.values()))
     return most
 
 

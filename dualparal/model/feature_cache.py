@@ -23,8 +23,9 @@ class Surroundings:
     """What the layers of one stage see besides the window, for the item being run.
 
     `left[layer]` and `right[layer]`: K, V that passes of the neighbours left there. `head` and `tail`: token ranges of the
-    window whose K and V each layer leaves in `kept_head[layer]` and `kept_tail[layer]`. `rope` [>= m, d / 2] complex: position
-    0 is the first key, the left cache's if there is one.
+    window whose K and V each layer leaves in `kept_head[layer]` and `kept_tail[layer]`. A layer drops its part of a cache when
+    it uses it (the left one unless `is_left_used_again`), so that what it leaves behind takes no more room. `rope`
+    [>= m, d / 2] complex: position 0 is the first key, the left cache's if there is one.
     """
 
     rope: torch.Tensor
@@ -32,8 +33,18 @@ class Surroundings:
     right: dict[int, KeyValue] | None = None
     head: slice | None = None
     tail: slice | None = None
+    is_left_used_again: bool = False
     kept_head: dict[int, KeyValue] = field(default_factory=dict)
     kept_tail: dict[int, KeyValue] = field(default_factory=dict)
+
+    def take(self, layer: int) -> list[KeyValue | None]:
+        """K and V of the two sides for one layer."""
+        left = right = None
+        if self.left is not None:
+            left = self.left[layer] if self.is_left_used_again else self.left.pop(layer)
+        if self.right is not None:
+            right = self.right.pop(layer)
+        return [left, right]
 
 
 class SelfAttention:
@@ -62,7 +73,7 @@ class SelfAttention:
             around.kept_head[self.layer] = (key[:, around.head].clone(), value[:, around.head].clone())
         if around.tail is not None:
             around.kept_tail[self.layer] = (key[:, around.tail].clone(), value[:, around.tail].clone())
-        sides = [side[self.layer] if side is not None else None for side in (around.left, around.right)]
+        sides = around.take(self.layer)
         first = sides[0][0].shape[1] if sides[0] else 0  # position of the first query
         key, value = _between(key, sides, 0), _between(value, sides, 1)  # [B, m, D]
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # [B, n, H, d]

@@ -173,6 +173,7 @@ class Stage:
         if item.left is Context.CACHE:
             key = (item.block - 1, item.half)
             around.left = self._tails.pop(key) if item.frees_left else self._tails[key]
+            around.is_left_used_again = not item.frees_left
         if item.keeps_head:
             around.head = slice(left * p, (left + plan.num_kept(item.block)) * p)
         if item.keeps_tail:

@@ -22,6 +22,7 @@ from dualparal.errors import WorkerDied
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MAX_UNSENT = 2  # messages a sender holds: one that the peer is taking, one for it to go on with
 IDLE_TIMEOUT = datetime.timedelta(days=3650)  # an idle server must never trip a watchdog
 
 
@@ -76,11 +77,10 @@ class DistributedEdge:
         self._posted: deque[tuple[Any, torch.Tensor]] = deque()
 
     def send(self, message: torch.Tensor) -> None:
-        self._sent.append((self._guard(lambda: dist.isend(message, self._peer, group=self._group)), message))
-        while len(self._sent) > 1 and self._sent[0][0].is_completed():
-            self._sent.popleft()
-        while len(self._sent) > 64:  # far beyond what a healthy ring has under way
+        # The peer always has the receive of the oldest one posted, so this waits for its work, never for ours.
+        while len(self._sent) >= MAX_UNSENT:
             self._wait(self._sent.popleft()[0])
+        self._sent.append((self._guard(lambda: dist.isend(message, self._peer, group=self._group)), message))
 
     def post(self, num_elements: int, dtype: torch.dtype) -> None:
         buffer = torch.empty(num_elements, dtype=dtype, device=self._device)
