@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -62,7 +62,10 @@ class JobResult:
 class FakeJob:
     """One queued, running or ended job; see `Job` in dualparal/runtime/job.py."""
 
-    def __init__(self, job_id: str, request: GenerationRequest, owner: str, folder: JobFolder) -> None:
+    def __init__(
+        self, job_id: str, request: GenerationRequest, owner: str, folder: JobFolder, unqueue: Callable[[FakeJob], bool]
+    ) -> None:
+        self._unqueue = unqueue
         self.id, self.request, self.owner, self.folder = job_id, request, owner, folder
         self._view = JobView()
         self._events: list[Event] = []
@@ -100,6 +103,9 @@ class FakeJob:
 
     def cancel(self) -> None:
         self.stop.set()
+        if self._unqueue(self):
+            final = Cancelled(job_id=self.id)
+            self.tell(final, state="cancelled", final=final)
 
     def result(self, timeout: float | None = None) -> JobResult:
         *_, final = self.events(timeout)
@@ -152,7 +158,7 @@ class FakeEngine:
             job_id = new_job_id()
             about = {"model": self.preset.model, "preset": self.preset.name, "owner": owner}
             folder = JobFolder.create(self.outputs, job_id, request, **about)
-            job = FakeJob(job_id, request, owner, folder)
+            job = FakeJob(job_id, request, owner, folder, self._unqueue)
             self._all[job_id] = job
             self._queue.append(job)
             position = len(self._queue) - 1 + (self._running is not None)
@@ -168,6 +174,13 @@ class FakeEngine:
         with self._lock:
             return ([self._running] if self._running else []) + list(self._queue)
 
+    def _unqueue(self, job: FakeJob) -> bool:
+        with self._lock:
+            if job not in self._queue:
+                return False
+            self._queue.remove(job)
+            return True
+
     def close(self) -> None:
         self.state = "closed"
         for job in self.jobs():
@@ -182,9 +195,6 @@ class FakeEngine:
             self._wake.wait(0.05)
             self._wake.clear()
             with self._lock:
-                for job in [job for job in self._queue if job.stop.is_set()]:
-                    self._queue.remove(job)
-                    job.tell(Cancelled(job_id=job.id), state="cancelled", final=Cancelled(job_id=job.id))
                 if not self._queue:
                     continue
                 self._running = job = self._queue.pop(0)

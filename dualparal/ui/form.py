@@ -5,20 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import gradio as gr
 
 from dualparal.errors import RequestError
 from dualparal.presets import Preset
-from dualparal.request import TEMPORAL_FACTOR, GenerationRequest, ScheduleName, frames_of_latents
+from dualparal.request import CONTEXTS, SCHEDULES, TEMPORAL_FACTOR, GenerationRequest, frames_of_latents
 from dualparal.ui.studio import Studio
 
 NAMES = (
     "prompt", "negative_prompt", "preset", "seconds", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2",
-    "flow_shift", "boundary_ratio", "num_per_block", "num_cat", "schedule", "width", "height",
+    "flow_shift", "boundary_ratio", "num_per_block", "num_cat", "schedule", "context", "width", "height",
 )  # fmt: skip
 WHOLE = ("num_inference_steps", "num_per_block", "num_cat", "width", "height")
+CHOICES = {"schedule": SCHEDULES, "context": CONTEXTS}
 TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
 
 
@@ -60,8 +61,9 @@ def build(studio: Studio) -> Form:
         dice = gr.Button("⚄", elem_id="dice", min_width=44, scale=0)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         for name, (label, info) in ADVANCED.items():
-            if name == "schedule":
-                parts[name] = gr.Dropdown(list(get_args(ScheduleName)), value=preset.schedule, label=label, info=info)
+            if name in CHOICES:
+                value = getattr(preset, name)
+                parts[name] = gr.Dropdown(list(CHOICES[name]), value=value, label=label, info=info, filterable=False)
             else:
                 parts[name] = gr.Slider(**at[name], label=label, info=info, visible=two or name not in TWO_EXPERTS)
         with gr.Row(elem_classes="size-row"):
@@ -78,7 +80,8 @@ ADVANCED = {
     "flow_shift": ("Flow shift", "Higher spends more steps on the rough composition; larger pictures want more."),
     "num_per_block": ("Latent frames per block", "Longer blocks are steadier and need more memory."),
     "num_cat": ("Context", "Latent frames of each neighbour a block sees; 0 makes blocks independent."),
-    "schedule": ("Schedule", "Order in which blocks are denoised. “paper” starts one block per sweep."),
+    "schedule": ("Schedule", "“paper” denoises all blocks together; “preview” keeps few in flight and shows them sooner."),
+    "context": ("Left context", "“recomputed” as in the paper; “cached” keeps the neighbour’s keys and values: less work."),
 }
 
 
@@ -163,7 +166,7 @@ def choose_preset(studio: Studio, preset_name: str) -> list[Any]:
     for name in NAMES:
         if name in at:
             updates.append(gr.update(**at[name]))
-        elif name in ("width", "height", "schedule"):
+        elif name in ("width", "height", *CHOICES):
             updates.append(gr.update(value=getattr(preset, name)))
         elif name == "negative_prompt":
             updates.append(gr.update(placeholder=preset.negative_prompt[:80] or "what it should not show"))

@@ -133,19 +133,20 @@ class Page:
         self.timer.tick(self._tick, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
         self.queue.halt(self._stop_this, [browser, self.job_id], overview, **QUIET)
-        self._then_follow(self.gallery.show(self._watch_this, [browser], self.job_id, **QUIET))
+        self._then_follow(self.gallery.show(self._watch_this, [browser], self.job_id, **QUIET), is_new=False)
         self.gallery.reuse(self._reuse, [browser], inputs, **QUIET)
         self.gallery.remove(self._delete, [browser, self.gallery_page], [self.gallery, self.gallery_page], **QUIET)
         self.gallery.turn(self._turn, [browser], [self.gallery, self.gallery_page], **QUIET)
         page.unload(self._close)
 
-    def _then_follow(self, event: Any) -> None:
-        """After `event` has set the job's id: follow it to its end, then show it in the gallery."""
+    def _then_follow(self, event: Any, is_new: bool = True) -> None:
+        """After `event` has set the job's id: follow it to its end, then show it in the gallery if it `is_new` there."""
         outputs = [self.video, self.board, self.result, self.stop, self.idle]
         followed = event.success(
             self._follow, [self.browser, self.job_id], outputs, concurrency_limit=None, trigger_mode="multiple", **QUIET
         )
-        followed.then(self._newest, [self.browser, self.job_id], [self.gallery, self.gallery_page], **QUIET)
+        if is_new:
+            followed.then(self._newest, [self.browser, self.job_id], [self.gallery, self.gallery_page], **QUIET)
 
     # -- what the events do
 

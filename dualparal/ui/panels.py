@@ -123,10 +123,9 @@ def result(found: Snapshot, root: str) -> str:
     request, video = found.request, found.video
     download = ""
     if video is not None:
-        url = safe(file_url(video, root))
-        megabytes = size(video.stat().st_size) if video.is_file() else ""
-        name = f"dualparal-{found.job_id}.mp4"
-        download = f'<a class="download" href="{url}" download="{name}">Download mp4 <span>{megabytes}</span></a>'
+        named = _under_own_name(video, found.job_id)
+        url, amount = safe(file_url(named, root)), size(video.stat().st_size)
+        download = f'<a class="download" href="{url}" download="{named.name}">Download mp4 <span>{amount}</span></a>'
     timings = found.timings
     bar = f"<h3>Where the time went</h3>{charts.timings_bar(timings)}" if timings else ""
     plot = charts.timeline(found.spans)
@@ -142,6 +141,19 @@ def result(found: Snapshot, root: str) -> str:
         f'<section class="result"><div class="result-top"><dl>{told}</dl>{download}</div>{bar}{plot}'
         f'<details class="settings">{stored}</details></section>'
     )
+
+
+def _under_own_name(video: Path, job_id: str) -> Path:
+    """A hard link to the video called after its job, because browsers save a file under the name it is served with."""
+    named = video.with_name(f"dualparal-{job_id}.mp4")
+    try:
+        if named.exists() and not named.samefile(video):  # the job was resumed and its video written anew
+            named.unlink()
+        if not named.exists():
+            named.hardlink_to(video)
+    except OSError:  # a file system without links
+        return video
+    return named
 
 
 def queue(studio: Studio, owner: str, watched: str = "") -> str:

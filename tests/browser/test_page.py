@@ -1,0 +1,339 @@
+"""The page in a real browser, against the fake engine: what a visitor sees and can do, in every state.
+
+Screenshots go to artefacts/ (not under version control). Needs Chromium with H.264, such as Debian's.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualparal.media.metadata import describe
+from dualparal.runtime.journal import JobFolder
+from tests.page_server import GRADIO_WARNINGS, Server
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+ARTEFACTS = Path(__file__).parents[2] / "artefacts"
+DEADLINE_MS = 90_000
+PLAYER = "document.querySelector('#video video')"
+pytestmark = [
+    *GRADIO_WARNINGS,
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no Chromium (apt-get install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        made = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "outputs", item_s=0.02)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def visit(browser: Any, server: Server) -> Iterator[Any]:
+    """Opens the page as a new visitor (or as `like`, another page of the same one); fails the test on console errors."""
+    contexts, problems, leaving = [], [], set()
+
+    def opened(width: int = 1440, height: int = 1000, dark: bool = False, like: Any = None) -> Any:
+        if like is None:
+            contexts.append(browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True))
+        page = (like.context if like is not None else contexts[-1]).new_page()
+        page.set_default_timeout(DEADLINE_MS)
+        page.on("console", lambda message: message.type == "error" and told(page, message.text))
+        page.on("pageerror", lambda error: told(page, str(error)))
+        page.goto(server.url + ("?__theme=dark" if dark else "?__theme=light"))
+        page.wait_for_selector("#generate")
+        page.wait_for_selector(".estimate b")  # filled when the page's first event has come back
+        return page
+
+    def told(page: Any, text: str) -> None:
+        if page not in leaving:  # gradio reports its own event stream, cut off when a tab is left, as an error
+            problems.append(text)
+
+    def reload(page: Any) -> None:
+        leaving.add(page)
+        page.reload()
+        page.wait_for_selector("#generate")
+        leaving.discard(page)
+
+    opened.reload, opened.leaving = reload, leaving  # type: ignore[attr-defined]
+    yield opened
+    leaving.update(page for context in contexts for page in context.pages)
+    for context in contexts:
+        context.close()
+    assert problems == [], problems
+
+
+def ask(page: Any, prompt: str, seconds: float = 12, seed: str = "") -> None:
+    page.fill("#prompt textarea", prompt)
+    page.fill("#seconds input[type=number]", str(seconds))
+    page.keyboard.press("Tab")
+    page.fill("#seed :is(input, textarea)", seed)
+    page.wait_for_function(f"document.querySelector('.estimate').innerText.includes('{seconds + 0.0625:.1f} s')")
+    page.click("#generate")
+
+
+def wait_state(page: Any, state: str) -> None:
+    page.wait_for_selector(f".board.{state}", state="attached")
+
+
+def player(page: Any, what: str) -> Any:
+    return page.evaluate(f"(() => {{ const v = {PLAYER}; return v ? {what} : null; }})()")
+
+
+def shoot(page: Any, name: str, **more: Any) -> None:
+    ARTEFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTEFACTS / f"{name}.png", **more)
+
+
+def job_of(page: Any) -> str:
+    return str(page.get_attribute(".board", "data-job"))
+
+
+def test_live_video_plays_two_blocks_before_the_job_is_done_then_the_mp4(visit: Any, server: Server) -> None:
+    page = visit()
+    shoot(page, "idle")
+    ask(page, "a lantern in the wind", 24)
+    wait_state(page, "running")
+    shoot(page, "running")
+    page.wait_for_function(f"{PLAYER} && {PLAYER}.currentTime > 0.2 && {PLAYER}.src.startsWith('blob:')")
+    shoot(page, "first-block")
+    first = player(page, "[v.currentTime, v.buffered.end(0)]")
+    # Past the first block (21 frames) and the second (16 frames), with more arriving, and the job still at work.
+    page.wait_for_function(f"{PLAYER}.currentTime > {37 / 16} && {PLAYER}.buffered.end(0) > {first[1] + 0.5}")
+    assert page.get_attribute(".board", "data-state") == "running", "the job was done before two blocks had been played"
+    assert int(page.inner_text(".strip-scale span:nth-child(2)").split()[0]) >= 3
+    playhead = float(page.evaluate("getComputedStyle(document.querySelector('.strip')).getPropertyValue('--playhead')"))
+    assert 0 < playhead < 1
+    wait_state(page, "finished")
+    page.wait_for_function(f"{PLAYER}.src.includes('video.mp4') && {PLAYER}.currentTime > 1 && {PLAYER}.duration > 24")
+    shoot(page, "done", full_page=True)
+    with page.expect_download() as download:
+        page.click("a.download")
+    assert describe(download.value.path())["num_frames"] == 385
+    assert download.value.suggested_filename == f"dualparal-{job_of(page)}.mp4"
+    told = page.inner_text("#result")
+    for words in ("text", "denoise", "decode", "encode", "When each stage worked", "Settings as JSON"):
+        assert words in told
+    assert page.inner_text("#board").count("first frames after") == 1
+
+
+def test_stop_keeps_the_finished_part(visit: Any, server: Server) -> None:
+    page = visit()
+    ask(page, "a long walk", 60)
+    page.wait_for_selector(".block.ready >> nth=1", state="attached")
+    page.click("#stop")
+    wait_state(page, "cancelled")
+    page.wait_for_selector("#stop", state="hidden")
+    page.wait_for_function(f"{PLAYER}.src.includes('video.mp4') && {PLAYER}.duration > 2")
+    shoot(page, "stopped", full_page=True)
+    kept = int(re.search(r"(\d+) frames", page.inner_text(".headline"))[1])  # type: ignore[index]
+    assert kept == describe(JobFolder(server.engine.outputs / job_of(page)).video)["num_frames"] >= 37
+    ask(page, "and the next one runs", 2)
+    wait_state(page, "finished")
+
+
+def test_reload_finds_the_running_job_and_its_live_video(visit: Any, server: Server) -> None:
+    page = visit()
+    ask(page, "still here", 40)
+    page.wait_for_selector(".block.ready", state="attached")
+    job_id = job_of(page)
+    visit.reload(page)
+    page.wait_for_selector(f".board.running[data-job='{job_id}']")
+    page.wait_for_function(f"{PLAYER} && {PLAYER}.src.startsWith('blob:') && {PLAYER}.currentTime > 0.3")
+    visit.leaving.add(page)
+    page.close()
+    again = visit(like=page)  # closed tab, new tab: nothing in its session storage, only the browser's owner token
+    again.wait_for_selector(f".board[data-job='{job_id}']")
+    again.click("#stop")
+    wait_state(again, "cancelled")
+    visit.reload(again)  # and an ended one is shown from its mp4
+    again.wait_for_selector(f".board.cancelled[data-job='{job_id}']")
+    again.wait_for_function(f"{PLAYER} && {PLAYER}.src.includes('video.mp4')")
+
+
+def test_two_visitors_queue_and_see_only_their_own(visit: Any, server: Server) -> None:
+    first, second = visit(), visit()
+    ask(first, "first visitor <b>in private</b>", 40)
+    wait_state(first, "running")
+    ask(second, "second visitor", 2)
+    wait_state(second, "queued")
+    second.wait_for_selector("#queue li")
+    told = second.inner_text("#stage")
+    assert "1 ahead of you" in told and "Someone else" in told and "in private" not in second.content()
+    shoot(second, "queued", full_page=True)
+    first.wait_for_selector("#queue li >> nth=1")
+    assert "second visitor" not in first.content()
+    first.click("#stop")
+    wait_state(first, "cancelled")
+    wait_state(second, "finished")
+    for page in (first, second):
+        page.wait_for_selector("#gallery li")
+        assert page.locator("#gallery li").count() == 1
+    second.wait_for_selector("#queue li", state="detached")
+
+
+def test_two_tabs_of_one_visitor_do_not_disturb_each_other(visit: Any, server: Server) -> None:
+    first = visit()
+    ask(first, "tab one", 20)
+    wait_state(first, "running")
+    second = visit(like=first)
+    ask(second, "tab two", 2)
+    second.wait_for_function("document.querySelector('.asked')?.innerText.includes('tab two')")
+    assert "tab one" in first.inner_text(".asked")
+    visit.reload(second)
+    second.wait_for_function("document.querySelector('.asked')?.innerText.includes('tab two')")
+    wait_state(first, "finished")
+    wait_state(second, "finished")
+    assert "tab one" in first.inner_text(".asked") and "tab two" in second.inner_text(".asked")
+
+
+def test_settings_come_back_from_an_mp4_and_from_the_gallery(visit: Any, server: Server, tmp_path: Path) -> None:
+    page = visit()
+    page.click("#advanced button")
+    page.fill("#advanced [aria-label*='Denoising steps'][type=number]", "7")
+    page.keyboard.press("Tab")
+    ask(page, "to be made again", 3, "31415")
+    wait_state(page, "finished")
+    video = JobFolder(server.engine.outputs / job_of(page)).video
+    shutil.copy(video, tmp_path / "mine.mp4")
+
+    fresh = visit()
+    fresh.set_input_files("#restore input[type=file]", tmp_path / "mine.mp4")
+    fresh.wait_for_function("document.querySelector('#prompt textarea').value === 'to be made again'")
+    assert fresh.input_value("#seed :is(input, textarea)") == "31415"
+    assert fresh.input_value("#seconds input[type=number]") == "3"
+    fresh.click("#advanced button")
+    assert fresh.input_value("#advanced [aria-label*='Denoising steps'][type=number]") == "7"
+
+    (tmp_path / "other.mp4").write_bytes(b"\0" * 5000)
+    fresh.set_input_files("#restore input[type=file]", tmp_path / "other.mp4")
+    fresh.wait_for_selector("text=is not a video made here")
+
+    page.fill("#prompt textarea", "something else")
+    page.click("#gallery [data-do=reuse]")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'to be made again'")
+
+
+def test_gallery_pages_shows_and_deletes(visit: Any, server: Server) -> None:
+    page = visit()
+    for number in range(10):
+        ask(page, f"video {number}", 1)
+        page.wait_for_function(f"document.querySelector('#gallery li .prompt')?.innerText === 'video {number}'")
+    assert page.locator("#gallery li").count() == 8
+    assert page.evaluate("[...document.querySelectorAll('#gallery img')].length") == 8
+    page.click("#gallery .older")
+    page.wait_for_function("document.querySelector('#gallery li .prompt').innerText === 'video 1'")
+    shoot(page, "gallery", full_page=True)
+    page.click("#gallery li .poster >> nth=1")
+    page.wait_for_function("document.querySelector('.asked').innerText.includes('video 0')")
+    delete = page.locator("#gallery li [data-do=remove]").nth(1)
+    job_id = delete.get_attribute("data-id")
+    delete.click()
+    assert (server.engine.outputs / str(job_id)).is_dir(), "one click deleted a video without asking"
+    delete.click()
+    page.wait_for_function("document.querySelectorAll('#gallery li').length === 1")
+    assert not (server.engine.outputs / str(job_id)).exists()
+
+
+def test_failure_and_restart_are_told_and_the_next_job_runs(visit: Any, server: Server) -> None:
+    page = visit()
+    ask(page, "please die", 12)
+    wait_state(page, "failed")
+    assert "killed by signal 9" in page.inner_text(".headline") and page.get_attribute(".headline", "role") == "alert"
+    page.wait_for_selector(".chip.restarting")
+    shoot(page, "failed-restarting", full_page=True)
+    page.wait_for_selector(".chip.ready")
+    ask(page, "works again", 1)
+    wait_state(page, "finished")
+
+
+def test_bad_settings_are_refused_before_anything_is_queued(visit: Any, server: Server) -> None:
+    page = visit()
+    page.click("#generate")
+    page.wait_for_selector("text=the prompt is empty")
+    page.fill("#prompt textarea", "<img src=x onerror=document.title='hit'>" * 200)
+    page.click("#generate")
+    page.wait_for_selector("text=the limit is 4000")
+    page.fill("#prompt textarea", "<img src=x onerror=document.title='hit'> {{7*7}}")
+    page.fill("#seed :is(input, textarea)", "12x")
+    page.keyboard.press("Tab")
+    page.wait_for_selector(".estimate.bad")
+    shoot(page, "refused")
+    assert list(server.engine.outputs.glob("*/request.json")) == []
+    page.fill("#seed :is(input, textarea)", "12")
+    page.keyboard.press("Tab")
+    page.wait_for_selector(".estimate:not(.bad)")
+    page.click("#generate")
+    page.wait_for_selector(".board")
+    assert "<img src=x" in page.inner_text(".asked") and "{{7*7}}" in page.inner_text(".asked")
+    assert page.title() != "hit"
+    wait_state(page, "finished")
+
+
+def test_loading_engine_takes_jobs_at_once(browser: Any, tmp_path: Path) -> None:
+    server = Server(tmp_path, load_s=600)
+    page = browser.new_context().new_page()
+    page.set_default_timeout(DEADLINE_MS)
+    page.goto(server.url)
+    page.wait_for_selector(".chip.starting")
+    page.wait_for_selector(".estimate b")
+    page.fill("#prompt textarea", "patience")
+    page.click("#generate")
+    page.wait_for_selector("text=the model is loading")
+    shoot(page, "loading")
+    page.click("#stop")
+    wait_state(page, "cancelled")
+    page.context.close()
+    server.close()
+
+
+@pytest.mark.parametrize(("width", "height", "dark"), [(390, 844, False), (390, 844, True), (1440, 1000, True)])
+def test_layouts(visit: Any, server: Server, width: int, height: int, dark: bool) -> None:
+    page = visit(width=width, height=height, dark=dark)
+    name = f"{width}-{'dark' if dark else 'light'}"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shoot(page, f"idle-{name}", full_page=True)
+    ask(page, "a quiet harbour at dusk, boats rocking", 12)
+    page.wait_for_selector(".block.ready", state="attached")
+    shoot(page, f"running-{name}", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width < 500:  # the stage has been scrolled to, and Stop is within reach
+        page.wait_for_function("document.querySelector('#video').getBoundingClientRect().top < innerHeight / 2")
+        assert page.evaluate("document.querySelector('#stop').getBoundingClientRect().bottom <= innerHeight")
+    wait_state(page, "finished")
+    page.wait_for_selector("#gallery li")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shoot(page, f"done-{name}", full_page=True)
+
+
+def test_the_whole_way_by_keyboard(visit: Any, server: Server) -> None:
+    page = visit()
+    page.focus("#prompt textarea")
+    page.keyboard.type("by keyboard")
+    seen = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        if seen[-1] == "generate":
+            break
+    assert seen[-1] == "generate", seen
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none", "the focused button cannot be seen"
+    page.keyboard.press("Enter")
+    wait_state(page, "finished")

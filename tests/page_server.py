@@ -1,0 +1,60 @@
+"""A page in front of a fake engine on a free port, and what Gradio's own code needs excused where warnings are errors."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from gradio_client import Client
+
+from dualparal.ui.serve import launch
+from dualparal.ui.studio import Studio
+from tests.fakes import FakeEngine
+
+DEADLINE_S = 120
+GRADIO_WARNINGS = [
+    # gradio_client leaves its event stream's socket to the collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    # gradio's queue statistics use what pandas 3 has deprecated
+    pytest.mark.filterwarnings("ignore:.*no_silent_downcasting"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+]
+
+
+class Server:
+    """A page on a free port with a client of its own."""
+
+    def __init__(self, outputs: Path, **engine: Any) -> None:
+        self.engine = FakeEngine(outputs=outputs, **engine).start(wait=False)
+        self.page: gr.Blocks = launch(Studio(self.engine), quiet=True)  # type: ignore[arg-type]
+        self.url = str(self.page.local_url)
+        self.client = self.new_client()
+
+    def new_client(self) -> Client:
+        return Client(self.url, verbose=False)
+
+    def close(self) -> None:
+        self.client.close()
+        self.page.close(verbose=False)
+        self.engine.close()
+        del self.page, self.client
+        # gradio and its client leave event loops and sockets to the collector; let it find them here, not in another test
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+
+    def wait(self, job_id: str, done: Callable[[dict[str, Any]], bool], **more: Any) -> dict[str, Any]:
+        until = time.monotonic() + DEADLINE_S
+        while time.monotonic() < until:
+            status = self.client.predict(job_id=job_id, api_name="/status", **more)
+            if done(status):
+                return status
+            time.sleep(0.1)
+        raise AssertionError(f"job {job_id} did not get there: {status}")
