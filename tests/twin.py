@@ -42,6 +42,10 @@ class Twin:
         flow_shift: float = 3.0,
         seed: int = 0,
         size: tuple[int, int] = (4, 4),
+        policy: str = "paper",
+        context: str = "recomputed",
+        max_in_flight: int = 1,
+        stagger: int = 1,
     ) -> dict[int, Tensor]:
         """Final latents of each block. `texts[i]` is [conditional] or [conditional, unconditional] embeddings."""
         lengths = block_lengths(latents_num, num_per_block, num_cat)
@@ -52,9 +56,20 @@ class Twin:
         timesteps = schedulers[0].timesteps
         done = dict.fromkeys(range(num_blocks), 0)  # steps done by each block
 
+        history = {(block, 0): now[block].clone() for block in range(num_blocks)}  # latents of (block, steps done)
+        last_pass: dict[Any, tuple[int, Tensor, Tensor]] = {}  # (block, layer, half) -> expert, K, V of the own last num_cat
+
         sweep = 0
+        entered = 0
         while any(count < steps for count in done.values()):
-            in_flight = [block for block in range(num_blocks) if block <= sweep and done[block] < steps]
+            unfinished = [block for block in range(entered) if done[block] < steps]
+            may_enter = entered < num_blocks
+            if policy == "preview":
+                may_enter = may_enter and len(unfinished) < max_in_flight
+                may_enter = may_enter and (entered == 0 or done[entered - 1] >= min(stagger, steps))
+            if may_enter:
+                entered += 1
+            in_flight = [block for block in range(entered) if done[block] < steps]
             before = {block: now[block].clone() for block in range(num_blocks)}  # all latents as this sweep finds them
             ran_on: dict[int, int] = {}  # block -> expert, in this sweep
             memory: dict[Any, tuple[Tensor, Tensor]] = {}  # (block, layer, expert, half) -> K, V left in this sweep
@@ -63,7 +78,12 @@ class Twin:
                 expert = 0
                 if boundary_ratio is not None and t < boundary_ratio * schedulers[block].config.num_train_timesteps:
                     expert = 1
-                left = before[block - 1][:, :, max(0, lengths[block - 1] - num_cat) :] if block > 0 and num_cat > 0 else None
+                left, left_pass = None, None
+                if block > 0 and num_cat > 0:
+                    seen = before[block - 1] if policy == "paper" else history[block - 1, done[block]]
+                    left = seen[:, :, max(0, lengths[block - 1] - num_cat) :]
+                    if context == "cached" and last_pass[block - 1, 0, 0][0] == expert:
+                        left, left_pass = None, block - 1
                 right, has_cache = None, False
                 if num_cat > 0 and block + 1 in ran_on:
                     if ran_on[block + 1] == expert:
@@ -79,6 +99,7 @@ class Twin:
                         self._forward(
                             expert, torch.cat(pieces, dim=2), t, embedding, memory, block=block, half=half,
                             num_left=num_left, num_own=lengths[block], num_cat=num_cat, has_cache=has_cache,
+                            last_pass=last_pass, left_pass=left_pass,
                         )
                     )  # fmt: skip
                 prediction = outputs[0]
@@ -88,6 +109,7 @@ class Twin:
                 step = schedulers[block].step(prediction.clone(), t, now[block].clone(), return_dict=False)
                 now[block] = step[0].clone()
                 done[block] += 1
+                history[block, done[block]] = now[block].clone()
             sweep += 1
         return now
 
@@ -99,6 +121,7 @@ class Twin:
     def _forward(
         self, expert: int, window: Tensor, t: Tensor, embedding: Tensor, memory: dict[Any, tuple[Tensor, Tensor]],
         *, block: int, half: int, num_left: int, num_own: int, num_cat: int, has_cache: bool,
+        last_pass: dict[Any, tuple[int, Tensor, Tensor]], left_pass: int | None,
     ) -> Tensor:  # fmt: skip
         """One pass of one guidance half through all layers; returns the own frames' part of the output."""
         model = self.experts[expert]
@@ -117,11 +140,19 @@ class Twin:
             query, key, value = layer.attn1.to_q(y), layer.attn1.to_k(y), layer.attn1.to_v(y)
             own_first = slice(num_left * per_frame, (num_left + min(num_cat, num_own)) * per_frame)
             memory[block, number, expert, half] = (key[:, own_first].clone(), value[:, own_first].clone())
+            own_last = slice((num_left + max(0, num_own - num_cat)) * per_frame, (num_left + num_own) * per_frame)
+            tail = (expert, key[:, own_last].clone(), value[:, own_last].clone())
+            num_before = 0  # tokens of the left cache
+            if left_pass is not None:
+                _, left_key, left_value = last_pass[left_pass, number, half]
+                num_before = left_key.shape[1]
+                key, value = torch.cat([left_key, key], dim=1), torch.cat([left_value, value], dim=1)
+            last_pass[block, number, half] = tail
             if has_cache:
                 cached_key, cached_value = memory[block + 1, number, expert, half]
                 key, value = torch.cat([key, cached_key], dim=1), torch.cat([value, cached_value], dim=1)
             query, key = layer.attn1.norm_q(query), layer.attn1.norm_k(key)
-            query = self._rotate(query, model, rows, columns)
+            query = self._rotate(query, model, rows, columns, first=num_before)
             key = self._rotate(key, model, rows, columns)
             x = x + layer.attn1.to_out[0](attention(query, key, value, layer.attn1.heads)) * gate1
 
@@ -145,13 +176,13 @@ class Twin:
         return out
 
     @staticmethod
-    def _rotate(tokens: Tensor, model: WanTransformer3DModel, rows: int, columns: int) -> Tensor:
-        """Rotary positions: frame, row and column counted from the first token, by upstream's table."""
+    def _rotate(tokens: Tensor, model: WanTransformer3DModel, rows: int, columns: int, first: int = 0) -> Tensor:
+        """Rotary positions: frame, row and column, the first token standing at place `first`, by upstream's table."""
         heads = model.config.num_attention_heads
         rope = model.rope
         t_dim, h_dim = rope.t_dim, rope.h_dim
         cos_table, sin_table = rope.freqs_cos.float(), rope.freqs_sin.float()
-        place = torch.arange(tokens.shape[1])
+        place = torch.arange(first, first + tokens.shape[1])
         frame, row, column = place // (rows * columns), place // columns % rows, place % columns
         ends = (slice(0, t_dim), slice(t_dim, t_dim + h_dim), slice(t_dim + h_dim, None))
         cos = torch.cat([cos_table[at][:, end] for at, end in zip((frame, row, column), ends, strict=True)], dim=1)
