@@ -16,6 +16,7 @@ from dualparal.ui.words import duration, safe
 TIMELINE_WIDTH = 1000
 ROW_HEIGHT = 22
 MOST_SPANS = 2000
+COLUMNS = 250
 
 
 def strip(found: Snapshot) -> str:
@@ -98,15 +99,18 @@ def _row_order(name: str) -> tuple[int, str]:
 
 
 def _thinned(spans: Sequence[Span]) -> list[Span]:
-    """At most MOST_SPANS bars: neighbours of one row and block are merged when there are more."""
+    """At most MOST_SPANS bars; when there are more, one per row and column of the plot, as wide as its share of work."""
     if len(spans) <= MOST_SPANS:
         return list(spans)
-    merged: dict[tuple[str, int, int], Span] = {}
-    end_s = max(span.end_s for span in spans) or 1.0
+    column_s = max(span.end_s for span in spans) / COLUMNS
+    merged: dict[tuple[str, int], Span] = {}
     for span in spans:
-        key = (span.stage, span.block, int(span.start_s / end_s * 200))
-        old = merged.get(key)
-        merged[key] = span if old is None else Span(old.stage, old.start_s, max(old.end_s, span.end_s), old.block, old.step)
+        column = min(COLUMNS - 1, int(span.start_s / column_s))
+        start_s = column * column_s
+        old = merged.get((span.stage, column))
+        worked_s = span.end_s - span.start_s + (old.end_s - start_s if old else 0.0)
+        end_s = min(start_s + worked_s, COLUMNS * column_s)
+        merged[span.stage, column] = Span(span.stage, start_s, end_s, span.block, span.step)
     return list(merged.values())
 
 
@@ -114,5 +118,6 @@ def _bar(span: Span, row: int, end_s: float, num_blocks: int) -> str:
     left = span.start_s / end_s * TIMELINE_WIDTH
     width = max(0.6, (span.end_s - span.start_s) / end_s * TIMELINE_WIDTH)
     # From teal for the first block to amber for the last; text and other work without a block is grey.
-    hue = "var(--ink-3)" if span.block < 0 else f"hsl({185 - 145 * span.block / max(1, num_blocks - 1):.0f} 60% 48%)"
+    has_block = span.block >= 0 and span.stage != "text"
+    hue = f"hsl({185 - 145 * span.block / max(1, num_blocks - 1):.0f} 60% 48%)" if has_block else "var(--ink-3)"
     return f'<rect x="{left:.1f}" y="{row * ROW_HEIGHT + 3}" width="{width:.1f}" height="{ROW_HEIGHT - 6}" fill="{hue}"/>'

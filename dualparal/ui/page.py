@@ -146,7 +146,8 @@ class Page:
             self._follow, [self.browser, self.job_id], outputs, concurrency_limit=None, trigger_mode="multiple", **QUIET
         )
         if is_new:
-            followed.then(self._newest, [self.browser, self.job_id], [self.gallery, self.gallery_page], **QUIET)
+            shown = followed.then(self._newest, [self.browser, self.job_id], [self.gallery, self.gallery_page], **QUIET)
+            shown.then(self._estimate, self.form.inputs, self.estimate, **QUIET)  # it has learnt from this job
 
     # -- what the events do
 

@@ -34,7 +34,7 @@ class Studio:
 
     def __post_init__(self) -> None:
         self.presets = {**self.presets, self.engine.preset.name: self.engine.preset}
-        self.estimator = Estimator(self.engine)
+        self.estimator = Estimator(self.engine, self.device)
 
     @property
     def outputs(self) -> Path:

@@ -1,0 +1,265 @@
+"""The page's parts without a browser: owners, words, charts, form, estimate, memory, gallery."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualparal.errors import OutputError, RequestError
+from dualparal.events import BlockReady
+from dualparal.presets import Preset
+from dualparal.request import GenerationRequest, frames_of_latents
+from dualparal.runtime.journal import JobFolder
+from dualparal.ui import charts, form, gallery, memory, owners, panels, snapshot, words
+from dualparal.ui.live_video import LiveVideo
+from dualparal.ui.snapshot import Span
+from dualparal.ui.studio import Studio
+from tests.fakes import FAKE_PRESET, FakeEngine
+from tests.page_server import GRADIO_WARNINGS
+
+pytestmark = GRADIO_WARNINGS
+NASTY = "<script>alert('x')</script> \" onmouseover=1 & {{7*7}}"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[FakeEngine]:
+    with FakeEngine(outputs=tmp_path, item_s=0.002) as made:
+        yield made
+
+
+@pytest.fixture
+def studio(engine: FakeEngine) -> Studio:
+    other = FAKE_PRESET.model_copy(update={"name": "pocket-wide", "width": 128})
+    return Studio(engine, {"pocket-wide": other, "big": Preset(name="big", model="Wan-AI/Big")})  # type: ignore[arg-type]
+
+
+def made(studio: Studio, owner: str = "me", **fields: Any) -> snapshot.Snapshot:
+    fields = {"prompt": "a kite", "seconds": 2, "num_inference_steps": 2, **fields}
+    begun = studio.submit(GenerationRequest(**fields), owner=owner)
+    job = studio.engine.job(begun.job_id)
+    assert job is not None
+    for _ in job.events(timeout=60):
+        pass
+    return studio.find(begun.job_id, owner)
+
+
+# Owners
+
+
+def test_owner_is_a_digest_and_a_login_wins() -> None:
+    token = owners.new_token()
+    assert len(token) >= 32 and token not in owners.owner_of(token)
+    assert owners.owner_of(token) == owners.owner_of(token) != owners.owner_of(owners.new_token())
+    assert owners.owner_of(token, "ada") == "user:ada"
+    assert owners.owner_of(None) == owners.owner_of("") == owners.owner_of(5) == ""
+
+
+def test_who_may_touch() -> None:
+    assert owners.may_touch("anyone", "") and owners.may_touch("a", "a")
+    assert not owners.may_touch("", "a") and not owners.may_touch("b", "a")
+
+
+def test_a_foreign_job_is_as_unknown_as_one_that_never_was(studio: Studio) -> None:
+    found = made(studio)
+    for act in (studio.find, studio.cancel, studio.delete):
+        with pytest.raises(RequestError, match=f"there is no job {found.job_id}"):
+            act(found.job_id, "someone")
+        with pytest.raises(RequestError, match="there is no job abcdef-00"):
+            act("abcdef-00", "someone")
+    assert list(studio.past("someone")) == [] and [one.job_id for one in studio.past("me")] == [found.job_id]
+    assert list(studio.past("")) == []
+
+
+# Jobs of an earlier run
+
+
+def test_a_finished_job_looks_the_same_from_disk(studio: Studio) -> None:
+    live = made(studio)
+    stored = snapshot.of_folder(live.folder)
+    for name in ("job_id", "request", "owner", "state", "final", "blocks", "num_frames", "timings", "video"):
+        assert getattr(stored, name) == getattr(live, name), name
+    assert len(stored.spans) == len(live.spans) > 0
+
+
+def test_a_job_cut_off_by_a_crash_is_interrupted_and_can_be_deleted(studio: Studio, tmp_path: Path) -> None:
+    request = studio.resolve(GenerationRequest(prompt="cut off", seconds=2))
+    folder = JobFolder.create(tmp_path, "abcdef-123456", request, owner="me")
+    folder.append(BlockReady(job_id="abcdef-123456", block=0, path="gone", first_frame=0, num_frames=5, duration_s=0.3))
+    with (folder.path / "events.jsonl").open("a") as lines:
+        lines.write('{"event": "BlockRe')
+    (folder.path / "timeline.json").write_text('[{"stage": 5')
+    found = studio.find("abcdef-123456", "me")
+    assert (found.state, found.num_frames, found.spans, found.video) == ("interrupted", 5, (), None)
+    assert "Interrupted" in panels.board(found, studio)
+    studio.delete("abcdef-123456", "me")
+    assert not folder.path.exists()
+
+
+def test_a_damaged_folder_does_not_break_the_gallery(studio: Studio, tmp_path: Path) -> None:
+    good = made(studio)
+    for name, text in (("abcdef-000001", "{"), ("abcdef-000002", "[]"), ("abcdef-000003", '{"owner": "me"}'),
+                       ("abcdef-000004", json.dumps({"owner": "me", "request": {"prompt": "x", "steps": 5}}))):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "request.json").write_text(text)
+    assert [one.job_id for one in studio.past("me")] == [good.job_id]
+
+
+# Presets
+
+
+def test_presets_of_another_model_are_refused_with_the_way_out(studio: Studio) -> None:
+    assert [preset.name for preset in studio.usable_presets()] == ["pocket", "pocket-wide"]
+    assert studio.resolve(GenerationRequest(prompt="x"), "pocket-wide").width == 128
+    with pytest.raises(RequestError, match="another model than the one loaded here; use pocket or pocket-wide"):
+        studio.preset("big")
+
+
+# Form
+
+
+def form_values(studio: Studio, **changes: Any) -> list[Any]:
+    at = form.ranges(studio.engine.preset)
+    values = {name: at[name]["value"] for name in at}
+    values |= {"prompt": "a kite", "negative_prompt": "", "preset": "pocket", "seed": "", "schedule": "paper"}
+    values |= {"context": "recomputed", "width": 96, "height": 96, **changes}
+    return [values[name] for name in form.NAMES]
+
+
+def test_form_reads_back_what_it_was_filled_with(studio: Studio) -> None:
+    wanted = studio.resolve(
+        GenerationRequest(prompt="a boat", seed=2**60 + 1, latents_num=23, num_inference_steps=7, num_cat=0, width=128)
+    )
+    values = [update["value"] for update in form.fill(studio, wanted)]
+    request, preset_name = form.read(studio, values)
+    assert studio.resolve(request, preset_name) == wanted
+
+
+@pytest.mark.parametrize("latents_num", [1, 2, 3, 17, 400])
+def test_every_length_survives_the_slider(studio: Studio, latents_num: int) -> None:
+    wanted = studio.resolve(GenerationRequest(prompt="x", latents_num=latents_num))
+    request, _ = form.read(studio, [update["value"] for update in form.fill(studio, wanted)])
+    assert studio.resolve(request).latents_num == latents_num
+
+
+@pytest.mark.parametrize(
+    ("changes", "words_"),
+    [
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"prompt": None}, "prompt is empty"),
+        ({"seed": "12x"}, "whole number"),
+        ({"seed": "-1"}, "whole number"),
+        ({"seed": "٣"}, "whole number"),
+        ({"width": 97}, "96 or 112"),
+        ({"num_cat": 1.5}, "num_cat"),
+        ({"num_cat": float("nan")}, "num_cat"),
+        ({"num_cat": 9, "num_per_block": 4}, "num_cat"),
+        ({"preset": "nope"}, "unknown"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"seconds": float("inf")}, "seconds"),
+        ({"schedule": ["paper"]}, "schedule"),
+    ],
+)
+def test_form_refuses_with_a_sentence(studio: Studio, changes: dict[str, Any], words_: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(words_)):
+        form.read(studio, form_values(studio, **changes))
+
+
+# Words and pictures
+
+
+def test_everything_typed_is_escaped(studio: Studio) -> None:
+    found = made(studio, prompt=NASTY)
+    page, _ = gallery.render(studio, "me", 0, "")
+    told = panels.board(found, studio) + panels.result(found, "") + page + panels.estimate_problem(NASTY)
+    assert "<script" not in told and 'onmouseover=1"' not in told and '" onmouseover' not in told
+    assert "&lt;script&gt;" in told
+
+
+def test_the_queue_names_only_ones_own(tmp_path: Path) -> None:
+    with FakeEngine(outputs=tmp_path, item_s=5) as engine:
+        studio = Studio(engine)  # type: ignore[arg-type]
+        mine = studio.submit(GenerationRequest(prompt="private wish"), owner="me")
+        assert panels.queue(studio, "me", mine.job_id) == "", "the only job is on this tab's board already"
+        assert "private wish" in panels.queue(studio, "me") and "Watch" in panels.queue(studio, "me")
+        seen = panels.queue(studio, "you")
+        assert "private wish" not in seen and mine.job_id not in seen and "Someone else" in seen
+
+
+def test_strip_is_as_wide_as_the_video_and_honest_about_its_blocks(studio: Studio) -> None:
+    found = made(studio, seconds=6)
+    drawn = charts.strip(found)
+    widths = [int(width) for width in re.findall(r"flex-grow:(\d+)", drawn)]
+    assert sum(widths) == frames_of_latents(found.request.latents_num or 0) == found.num_frames
+    starts = [float(start) for start in re.findall(r'data-from="([\d.]+)"', drawn)]
+    assert starts == pytest.approx([block.first_frame / 16 for block in found.blocks], abs=1e-3)
+    assert drawn.count('class="block ready"') == len(widths) == len(found.blocks)
+
+
+def test_timeline_stays_small_and_within_its_box() -> None:
+    spans = [Span(f"stage {n % 4}", n * 0.01, n * 0.01 + 0.009, n % 60, n // 60) for n in range(40_000)]
+    drawn = charts.timeline(spans)
+    assert len(drawn) < 400_000
+    ends = [float(x) + float(w) for x, w in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn)]
+    assert max(ends) <= charts.TIMELINE_WIDTH + 1
+    assert charts.timeline([]) == "" and "<script" not in charts.timeline([Span("<script>", 0, 1, 0, 0)])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (200, "3 min 20 s"), (1200, "20 min"), (7500, "2 h 05 min")],
+)
+def test_durations_read_well(seconds: float, told: str) -> None:
+    assert words.duration(seconds) == told
+
+
+# Estimates
+
+
+def test_time_is_learnt_from_finished_jobs(studio: Studio) -> None:
+    asked = GenerationRequest(prompt="x", seconds=4, num_inference_steps=20)
+    assert studio.estimate(asked).time_s is None
+    for _ in range(3):
+        made(studio, seconds=4, num_inference_steps=10)
+    studio.estimator._learnt_at = -1e9
+    one, two = (studio.estimate(asked.model_copy(update={"num_inference_steps": steps})) for steps in (20, 40))
+    assert one.time_s and two.time_s and two.time_s == pytest.approx(2 * one.time_s)
+    assert (one.num_frames, one.num_blocks, one.num_items) == (65, 4, 80)
+
+
+def test_what_cannot_fit_is_refused_with_the_number(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualparal.runtime.engine import Engine
+
+    engine = Engine(tiny, device="cpu", outputs=tmp_path, preset=FAKE_PRESET)
+    studio = Studio(engine)
+    asked = GenerationRequest(prompt="x", seconds=4)
+    fits = studio.estimate(asked)
+    assert fits.bytes_per_rank and fits.refusal is None
+    memory._need.cache_clear()
+    monkeypatch.setattr(memory, "host_bytes", lambda: 1_000_000)
+    with pytest.raises(RequestError, match=r"needs \d+ MB of memory and the computer has 1\.0 MB"):
+        studio.submit(asked)
+    assert list(tmp_path.iterdir()) == []
+    memory._need.cache_clear()
+
+
+def test_an_unwritable_folder_is_told(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(studio.outputs) / "file").write_text("")
+    studio.engine.outputs = Path(studio.outputs) / "file"
+    with pytest.raises(OutputError, match="cannot be written"):
+        studio.submit(GenerationRequest(prompt="x"))
+
+
+def test_live_video_writes_no_stub_and_streams_bytes_untouched(studio: Studio) -> None:
+    import asyncio
+
+    block = made(studio).blocks[0]
+    video = LiveVideo(streaming=True, render=False)
+    chunk, where = asyncio.run(video.stream_output(block, "a/b/playlist.m3u8", True))
+    assert chunk["data"] == Path(block.path).read_bytes() and chunk["duration"] == block.duration_s
+    assert where["is_stream"] and where["path"] == "a/b/playlist.m3u8"
+    assert not (Path(form.__file__).parent / "live_video.pyi").exists()
