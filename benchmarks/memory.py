@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import threading
+from collections.abc import Iterator
 
 import psutil
 
@@ -12,8 +14,9 @@ from benchmarks.common import checkpoint, hardware, table
 from dualparal import Engine, GenerationRequest
 
 
-def peak_rss(engine: Engine, latents_num: int) -> dict[str, float]:
-    """Run one job and sample each rank's resident memory (MiB above an idle worker is not subtracted)."""
+@contextlib.contextmanager
+def watched(engine: Engine) -> Iterator[dict[str, float]]:
+    """Peak resident MiB of each rank while the body runs, sampled 50 times a second."""
     processes = {name: psutil.Process(about["pid"]) for name, about in engine.workers.items() if "pid" in about}
     peaks = dict.fromkeys(processes, 0.0)
     done = threading.Event()
@@ -25,13 +28,11 @@ def peak_rss(engine: Engine, latents_num: int) -> dict[str, float]:
 
     watcher = threading.Thread(target=sample)
     watcher.start()
-    request = GenerationRequest(
-        prompt="memory", latents_num=latents_num, num_per_block=4, num_cat=4, num_inference_steps=4, height=64, width=64, seed=0
-    )
-    engine.submit(request).result()
-    done.set()
-    watcher.join()
-    return peaks
+    try:
+        yield peaks
+    finally:
+        done.set()
+        watcher.join()
 
 
 def main() -> None:
@@ -49,7 +50,12 @@ def main() -> None:
         ):
             weights = [about["weight_bytes"] / 2**20 for about in engine.workers.values() if "weight_bytes" in about]
             for latents_num in options.latents:
-                peaks = peak_rss(engine, latents_num)
+                request = GenerationRequest(
+                    prompt="memory", latents_num=latents_num, num_per_block=4, num_cat=4, num_inference_steps=4, height=64,
+                    width=64, seed=0,
+                )  # fmt: skip
+                with watched(engine) as peaks:
+                    engine.submit(request).result()
                 rows.append(
                     [ranks, latents_num, f"{max(weights):.0f}", " ".join(f"{peak:.0f}" for _, peak in sorted(peaks.items()))]
                 )

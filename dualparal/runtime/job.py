@@ -18,6 +18,7 @@ from dualparal.events import FINAL, BlockReady, Cancelled, Event, Failed, Finish
 from dualparal.request import GenerationRequest
 from dualparal.runtime.journal import JobFolder, write_atomically
 from dualparal.runtime.messages import RunJob, Span
+from dualparal.runtime.trace import chrome_trace
 
 if TYPE_CHECKING:
     import torch
@@ -217,5 +218,6 @@ class Job:
             if isinstance(event, FINAL) and self._spans:
                 spans = [asdict(span) for span in self._spans]
                 write_atomically(self.folder.path / "timeline.json", json.dumps(spans))
+                write_atomically(self.folder.path / "trace.json", json.dumps(chrome_trace(self._spans)))
         except OSError as error:
             log.error("job %s: event %s could not be stored: %s", self.id, type(event).__name__, error)

@@ -7,7 +7,7 @@ only appended to (a torn last line is ignored), and everything else is written u
                      events.jsonl     one event a line (`dualparal.events`), Progress left out
                      block_0000.ts    one playable segment per finished block
                      video.mp4        all finished blocks, settings in its metadata
-                     timeline.json    when each stage worked on what
+                     timeline.json    when each stage worked on what; trace.json the same for Perfetto
                      state/           what resume needs; gone once the job has finished (`runtime.state`)
 """
 

@@ -1,0 +1,125 @@
+"""Every schedule against plain Wan and against the authors' policy, on a mid-size random model, in one run.
+
+Baselines: (a) diffusers' `WanPipeline` in one pass over the same number of latents, with 1 and with as many threads as ranks;
+(b) the authors' policy restated: the same `paper` order, but the whole pipeline loaded on every rank and one decode at the
+end, so that its first frames are its last. Memory is the sum of the ranks' (and, for (a), the process's) peak resident sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import checkpoint, hardware, table
+from benchmarks.memory import watched
+from dualparal import Engine, GenerationRequest
+
+METHODS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "paper, micro-batches": {"micro_batches": True},
+    "paper, cached context": {"context": "cached"},
+    "preview": {"schedule": "preview"},
+    "preview, cached context": {"schedule": "preview", "context": "cached"},
+}
+
+
+def plain_wan(folder: Path, request: GenerationRequest, threads: int, line: Any) -> None:
+    """Run `WanPipeline` in this process and send (total seconds, peak MiB)."""
+    import torch
+    from diffusers import WanPipeline
+
+    torch.set_num_threads(threads)
+    pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert request.latents_num
+    started_s = time.monotonic()
+    pipeline(
+        prompt=request.prompt, negative_prompt=request.negative_prompt or "", height=request.height, width=request.width,
+        num_frames=4 * request.latents_num - 3, num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale or 5.0,
+    )  # fmt: skip
+    line.send((time.monotonic() - started_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def measure_plain(folder: Path, request: GenerationRequest, threads: int) -> tuple[float, float]:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=plain_wan, args=(folder, request, threads, there))
+    process.start()
+    result: tuple[float, float] = here.recv()
+    process.join()
+    return result
+
+
+def measure(engine: Engine, request: GenerationRequest) -> dict[str, float]:
+    """One job: seconds to the first frames, in all, of decoding, and peak MiB of all ranks."""
+    with watched(engine) as peaks:
+        job = engine.submit(request)
+        timings = job.result().timings
+    view = job.view()
+    assert view.started is not None
+    total = sum(timings[name] for name in ("text_s", "denoise_s"))
+    return {
+        "first": timings["first_frames_s"],
+        "total": timings["total_s"],
+        "decode": timings["decode_s"],
+        "denoise": total,
+        "memory": sum(peak for name, peak in peaks.items()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    folder = checkpoint("mid", num_layers=8, num_heads=8, head_dim=32, ffn_dim=1024)
+    request = GenerationRequest(
+        prompt="benchmark", latents_num=4 * options.blocks + 4, num_per_block=4, num_cat=4,
+        num_inference_steps=options.steps, height=128, width=128, seed=0, guidance_scale=5.0, negative_prompt="",
+    )  # fmt: skip
+    print(hardware(), f"{request.latents_num} latents, {options.steps} steps, one thread per rank", sep="\n")
+    rows: list[list[Any]] = []
+    for threads in sorted({1, max(options.ranks)}):
+        seconds, memory = measure_plain(folder, request, threads)
+        rows.append(["WanPipeline, one pass", f"{threads} threads", seconds, seconds, memory])
+    for ranks in options.ranks:
+        with (
+            tempfile.TemporaryDirectory() as outputs,
+            Engine(folder, ranks=ranks, device="cpu", threads=1, outputs=outputs) as engine,
+        ):
+            engine.submit(request.model_copy(update={"latents_num": 4, "num_inference_steps": 1})).result()
+            for name, changes in METHODS.items():
+                seen = measure(engine, request.model_copy(update=changes))
+                if name == "paper":
+                    late = seen["denoise"] + seen["decode"]
+                    rows.append(["the authors' policy", f"{ranks} ranks", late, late, float("nan")])
+                rows.append([name, f"{ranks} ranks", seen["first"], seen["total"], seen["memory"]])
+    one = rows[0][3]
+    authors = {row[1]: row[3] for row in rows if row[0] == "the authors' policy"}
+    cells = []
+    for name, where, first, total, memory in rows:
+        sooner = f"{authors[where] / first:.1f}" if where in authors else ""
+        peak = "" if math.isnan(memory) else f"{memory:.0f}"
+        cells.append([name, where, f"{first:.1f}", f"{total:.1f}", f"{one / total:.2f}", sooner, peak])
+    header = [
+        "method",
+        "on",
+        "first frames s",
+        "total s",
+        "times WanPipeline's speed",
+        "first frames, times sooner",
+        "peak MiB",
+    ]
+    print(table(header, cells))
+
+
+if __name__ == "__main__":
+    main()
