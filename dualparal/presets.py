@@ -20,7 +20,7 @@ from dualparal.request import ContextName, GenerationRequest, ScheduleName, fram
 
 PACKAGE = Path(__file__).resolve().parent
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-OWN_FOLDERS = (PACKAGE.parent / "presets", PACKAGE / "presets")  # source tree, installed wheel
+OWN_FOLDERS = (PACKAGE.parent / "presets", PACKAGE / "_presets")  # source tree, installed wheel
 
 
 class Limits(BaseModel):
@@ -68,6 +68,7 @@ class Preset(BaseModel):
     revision: str | None = Field(default=None, description="commit of the hub repository")
     hardware: str = Field(default="", description="one line on the hardware needed")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the DiT")
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of the VAE")
     seconds: float = Field(default=5.0, gt=0)
     height: int = Field(default=480, ge=16)
     width: int = Field(default=832, ge=16)
