@@ -1,11 +1,12 @@
 # DualParal Studio.
 #   GPUs:  docker build -t dualparal . && docker run --gpus all --shm-size 8g -p 7860:7860 -v dualparal:/data dualparal
-#   CPU:   docker build -t dualparal-cpu --build-arg BASE=python:3.11-slim-bookworm --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+#   CPU:   docker build -t dualparal-cpu --build-arg BASE=python:3.11-slim-bookworm --build-arg TORCH_INDEX=... .
+#          with the address of PyTorch's CPU index, which saves several GB of CUDA packages
 # No model is in the image: weights are downloaded once into the volume at /data.
 ARG BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04
 FROM ${BASE}
 
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cu130
+ARG TORCH_INDEX=
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 
@@ -28,7 +29,7 @@ ENV PATH=$VIRTUAL_ENV/bin:$PATH
 RUN python3 -m venv "$VIRTUAL_ENV"
 
 # torch first and by itself: it is the largest layer and changes least.
-RUN pip install torch==2.13.0 --index-url "$TORCH_INDEX"
+RUN pip install torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 COPY --chown=user:user requirements.txt ./
 RUN pip install -r requirements.txt
 COPY --chown=user:user . .
