@@ -83,8 +83,9 @@ def choose_preview(
 ) -> Rules:
     """The `preview` rules that show the first block soonest with a total within `max_total` of `paper`'s.
 
-    Tries more and more blocks in flight, evenly staggered, with and without micro-batches; few mean little memory. Falls back to the shortest total when none is within the bound. Of a long video the first
-    `MODELLED_BLOCKS` blocks are modelled: filling and draining weigh most in them, so the bound holds for the whole.
+    Tries more and more blocks in flight, evenly staggered, with and without micro-batches; few mean little memory. Falls
+    back to the shortest total when none is within the bound. Of a long video the first `MODELLED_BLOCKS` blocks are
+    modelled: filling and draining weigh most in them, so the bound holds for the whole.
     """
     shortened = BlockPlan(plan.lengths[:MODELLED_BLOCKS], plan.num_cat)
     return _choose_preview(shortened, tuple(experts), ranks, context, has_guidance, max_total)
