@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from dualparal import __version__
+from dualparal.cli_plan import add_plan_command
 from dualparal.cli_progress import follow
 from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetError, RequestError
 from dualparal.events import Finished
 from dualparal.presets import find_preset, load_presets
 from dualparal.request import CONTEXTS, SCHEDULES, GenerationRequest
+from dualparal.runtime.engine_options import layer_counts
 from dualparal.runtime.journal import check_job_id, find_job, list_jobs, new_job_id, outputs_folder
 
 STOPPED = 130
@@ -72,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--job_id", help="id of the job and name of its folder (default: drawn)")
     generate.set_defaults(run=_generate)
 
+    add_plan_command(commands, _add_request_flags)
+
     resume = commands.add_parser("resume", help="go on with a job that was interrupted, stopped or failed")
     resume.add_argument("job", help="the job's id, or 'last' for the newest unfinished one")
     resume.add_argument("--save_file", type=Path, metavar="MP4", help="also copy the finished video here")
@@ -102,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_request_flags(parser: argparse.ArgumentParser) -> None:
+def _add_request_flags(parser: argparse.ArgumentParser, needs_prompt: bool = True) -> None:
     request = parser.add_argument_group("the video (what is left out comes from the model's preset)")
-    request.add_argument("--prompt", required=True)
+    request.add_argument("--prompt", required=needs_prompt)
     request.add_argument("--negative_prompt")
     request.add_argument("--seconds", type=float, help="length in seconds")
     request.add_argument("--latents_num", type=int, help="length in latent frames")
@@ -143,6 +147,13 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--device", default="auto", help="auto, cpu or cuda")
     engine.add_argument("--dtype", help="dtype of the DiT: fp32, fp16, bf16 or torch's names")
     engine.add_argument("--threads", type=int, metavar="N", help="CPU threads per process")
+    engine.add_argument("--attention", metavar="NAME", help="attention backend of diffusers: native, flash, sage, ...")
+    engine.add_argument("--compile", action="store_true", help="run layers through torch.compile")
+    engine.add_argument("--vae_dtype", help="dtype of the VAE (default: the preset's)")
+    engine.add_argument("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
+    engine.add_argument(
+        "--lora", action="append", default=[], metavar="PATH[:SCALE]", help="file, folder or hub id of a LoRA; repeatable"
+    )
     engine.add_argument(
         "--outputs", type=Path, metavar="FOLDER", help="where jobs are kept (default: DUALPARAL_OUTPUTS or outputs)"
     )
@@ -160,17 +171,10 @@ def make_engine(options: argparse.Namespace) -> Any:
         preset = find_preset(options.preset, presets)
     return Engine(
         model, preset=preset, ranks=options.ranks, device=options.device, dtype=options.dtype, threads=options.threads,
-        layer_split=_counts(options.layer_split), outputs=options.outputs, verbose=options.verbose,
+        layer_split=layer_counts(options.layer_split), outputs=options.outputs, verbose=options.verbose,
+        attention=options.attention, compile=options.compile, vae_dtype=options.vae_dtype,
+        text_encoder=options.text_encoder, loras=options.lora,
     )  # fmt: skip
-
-
-def _counts(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"layer_split={text!r} is not a list of counts; write e.g. 15,15", "layer_split") from None
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -201,6 +205,10 @@ def _resume(options: argparse.Namespace) -> int:
         options.model_id = record.get("model")
     options.dtype = options.dtype or record.get("dtype")
     options.threads = options.threads or record.get("threads")
+    options.lora = options.lora or record.get("loras", [])
+    options.attention = options.attention or record.get("attention")
+    options.compile = options.compile or bool(record.get("compile"))
+    options.vae_dtype = options.vae_dtype or record.get("vae_dtype")
     engine = make_engine(options)
     if options.save_file:
         _check_writable(options.save_file)

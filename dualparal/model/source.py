@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualparal.errors import CheckpointError, PresetError
+from dualparal.errors import CheckpointError
+from dualparal.model.hub import download_snapshot
 from dualparal.model.layout import Checkpoint
 from dualparal.presets import Preset, find_preset
 
 POCKET_WEIGHTS = Path(__file__).resolve().parent.parent / "pocket" / "weights"
-NEEDED = [
-    "model_index.json", "scheduler/*.json", "tokenizer/*", "*/config.json", "transformer*/*.safetensors*",
-    "vae/*.safetensors*", "text_encoder/*.safetensors*",
-]  # fmt: skip
 
 
 def find_model(model: str, preset: Preset | None = None) -> tuple[Preset, Checkpoint]:
@@ -42,32 +39,4 @@ def _folder(name: str, revision: str | None) -> Path:
         return path.absolute()
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"there is no folder {name}; give a checkpoint folder in diffusers' layout or a hub id")
-    return _download(name, revision)
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=NEEDED))
-    except HFValidationError as error:
-        raise PresetError(f"'{repo_id}' is neither a folder nor a hub id: {error}") from None
-    except GatedRepoError:
-        raise CheckpointError(f"{repo_id} asks for consent: accept its terms on the hub and set HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"there is no model {repo_id} on the hub (or it is private: set HF_TOKEN)") from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{repo_id} is not on this host and the hub cannot be reached; check the network or HF_HOME"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{repo_id} could not be downloaded: {str(error).splitlines()[0][:200]}; run again to go on"
-        ) from None
+    return download_snapshot(name, revision)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 from dualparal.errors import RequestError
@@ -31,3 +33,34 @@ def place(device: str, ranks: int) -> tuple[tuple[str, ...], str]:
     if num_gpus < ranks:
         raise RequestError(f"ranks={ranks} needs {ranks} GPUs, {num_gpus} are visible; use fewer ranks or device cpu", "ranks")
     return tuple(f"cuda:{rank}" for rank in range(ranks)), f"cuda:{min(ranks, num_gpus - 1)}"
+
+
+def bytes_per_device(device: str) -> int | None:
+    """Memory that one device has: "cpu" the host's (or this container's limit), else the smallest visible card's.
+
+    None when the driver's `nvidia-smi` is not there to ask or does not answer.
+    """
+    if device == "cpu":
+        return _host_bytes()
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    try:
+        asked = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+        sizes = [int(line) * 2**20 for line in answer.split()]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    chosen = [sizes[int(name)] for name in visible if name.strip().isdigit() and int(name) < len(sizes)]
+    return min(chosen or sizes, default=None)
+
+
+def _host_bytes() -> int:
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found = min(found, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such limit, or "max"
+            continue
+    return found

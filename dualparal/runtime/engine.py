@@ -22,15 +22,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dualparal.core.job_plan import JobPlan, Placement, plan_job
 from dualparal.core.rules import settle_rules
+from dualparal.core.sizes import DiTSizes
 from dualparal.errors import DualParalError, EngineError, OutputError, QueueFull, RequestError, WorkerDied, error_from_wire
 from dualparal.events import BlockReady, Cancelled, Event, Finished, Progress, Queued
 from dualparal.media.writer import Segment, VideoWriter
+from dualparal.model.known import sizes_of
 from dualparal.model.layout import split_layers
+from dualparal.model.lora_source import find_loras
 from dualparal.model.source import find_model
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest
-from dualparal.runtime.devices import place
+from dualparal.runtime.calibration import cache_folder, load_speed
+from dualparal.runtime.devices import bytes_per_device, place
+from dualparal.runtime.engine_options import check_text_encoder, dtype_name
 from dualparal.runtime.job import Job
 from dualparal.runtime.journal import STATE_FOLDER, JobFolder, find_job, new_job_id, outputs_folder
 from dualparal.runtime.launch import WorkerGroup
@@ -52,14 +58,11 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-DTYPE_NAMES = {
-    "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
-    "fp16": "float16", "half": "float16",
-}  # fmt: skip
 SILENCE_S = 60.0  # a worker that sends no heartbeat for so long hangs
 START_TIMEOUT_S = 1800.0  # loading 14B weights from a slow disk takes minutes
 CLOSE_GRACE_S = 10.0
 MAX_FAILED_STARTS = 3
+CHANGES = ("loras", "attention", "compile", "vae_dtype")  # of a job's record; what the engine was told that changes numbers
 
 
 class Engine:
@@ -80,13 +83,21 @@ class Engine:
         timeout_s: float = 600.0,
         verbose: bool = False,
         worker_hook: str | None = None,
+        attention: str | None = None,
+        compile: bool = False,
+        vae_dtype: str | None = None,
+        text_encoder: str = "keep",
+        loras: Sequence[str] = (),
     ) -> None:
         """Check everything that can be checked without loading a weight; start nothing.
 
         `model` is a preset's name, a folder in diffusers' layout, or a hub id; `device` auto, cpu or cuda; `dtype` of the DiT
         (default: float32 on the CPU, the preset's on GPUs); `layer_split` layers per rank (default: even); `threads` CPU
         threads per process (default: the cores shared out; equal bits on different numbers of ranks need equal threads);
-        `timeout_s` is the longest wait for another rank within a job. Raises `RequestError`, `PresetError`, `CheckpointError`.
+        `timeout_s` is the longest wait for another rank within a job; `attention` a backend of diffusers' dispatcher (native,
+        flash, sage, ...); `compile` runs layers through torch.compile; `vae_dtype` of the VAE (default: the preset's);
+        `text_encoder` keep, free or cpu: where it is after encoding; `loras` "file, folder or hub id[:scale]". The last ones
+        but `text_encoder` change the numbers. Raises `RequestError`, `PresetError`, `CheckpointError`.
         """
         self.preset, self.checkpoint = find_model(str(model), preset)
         self.num_experts = self.checkpoint.num_experts
@@ -95,9 +106,8 @@ class Engine:
             raise RequestError(f"ranks={ranks!r} is not a number of processes; use 1 or more", "ranks")
         layers = split_layers(self.checkpoint.num_layers, ranks, layer_split)
         devices, codec_device = place(device, ranks)
-        name = str(dtype).removeprefix("torch.") if dtype else ("float32" if devices[0] == "cpu" else self.preset.dtype)
-        if name not in DTYPE_NAMES:
-            raise RequestError(f"dtype={dtype!r} is not known; use {', '.join(DTYPE_NAMES)}", "dtype")
+        name = dtype_name(dtype, "float32" if devices[0] == "cpu" else self.preset.dtype, "dtype")
+        vae_dtype = dtype_name(vae_dtype, self.preset.vae_dtype, "vae_dtype")
         if threads is not None and threads < 1:
             raise RequestError(f"threads={threads} is not a number of threads; use 1 or more", "threads")
         self.outputs = outputs_folder(outputs)
@@ -106,8 +116,16 @@ class Engine:
         self._max_queue = max_queue
         self._options = WorkerOptions(
             folder=str(self.checkpoint.folder), layers=layers, devices=devices, codec_device=codec_device,
-            dtype=DTYPE_NAMES[name], threads=threads or max(1, (os.cpu_count() or 1) // ranks), timeout_s=timeout_s,
-            verbose=verbose, worker_hook=worker_hook,
+            dtype=name, threads=threads or max(1, (os.cpu_count() or 1) // ranks), timeout_s=timeout_s,
+            verbose=verbose, worker_hook=worker_hook, attention=attention, is_compiled=compile, vae_dtype=vae_dtype,
+            text_encoder=check_text_encoder(text_encoder), text_cache=str(cache_folder() / "text"),
+            loras=find_loras(loras, self.num_experts),
+        )  # fmt: skip
+        self._sizes = sizes_of(self.checkpoint)
+        self._placement = Placement(
+            layers=tuple(len(stage) for stage in layers), dtype=name, vae_dtype=vae_dtype, text_encoder=text_encoder,
+            codec_rank=devices.index(codec_device) if devices[0] != "cpu" and codec_device in devices else None,
+            on_gpu=devices[0] != "cpu", bytes_per_device=bytes_per_device(devices[0].partition(":")[0]),
         )  # fmt: skip
         self._state = "closed"
         self._changed = threading.Condition(threading.RLock())
@@ -179,6 +197,15 @@ class Engine:
         resolved = request.resolve(self.preset, num_experts=self.num_experts, boundary_ratio=self.checkpoint.boundary_ratio)
         return settle_rules(resolved, self.ranks)
 
+    def plan(self, request: GenerationRequest, *, is_short: bool = False) -> JobPlan:
+        """What `request` needs of this engine's devices: bytes, and times once `plan --calibrate` has been run on them.
+
+        `is_short` leaves the times out and is quick for any length. `.refusal` is what `submit` would say.
+        """
+        device = "cuda" if self._placement.on_gpu else "cpu"
+        speed = load_speed(device, self.dtype, DiTSizes.of(self._sizes.config).dim)
+        return plan_job(self.resolve(request), self._sizes, self._placement, speed=speed, is_short=is_short)
+
     def submit(
         self,
         request: GenerationRequest,
@@ -197,6 +224,8 @@ class Engine:
         dim], used as they are. Raises `RequestError`, `QueueFull`, `OutputError`, or `EngineError` when closed or failed.
         """
         resolved = self.resolve(request)
+        if (refusal := self.plan(resolved, is_short=True).refusal) is not None:
+            raise RequestError(refusal, "num_per_block")
         if resolved.guidance_scale is not None and resolved.guidance_scale > 1 and prompt_embeds is not None:  # noqa: SIM102
             if negative_prompt_embeds is None and not resolved.negative_prompt:
                 log.info("prompt_embeds without negative_prompt_embeds: the empty negative prompt is encoded")
@@ -208,7 +237,7 @@ class Engine:
             folder = JobFolder.create(
                 self.outputs, job_id or new_job_id(), resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
                 owner=owner, ranks=self.ranks, dtype=self.dtype, threads=self._options.threads, export_images=export_images,
-                has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)),
+                has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)), **self._changes(),
             )  # fmt: skip
             run = RunJob(
                 folder.job_id, resolved, str(folder.path), return_latents, export_images,
@@ -220,6 +249,20 @@ class Engine:
             self._enqueue(job)
         self._wake()
         return job
+
+    def _changes(self) -> dict[str, Any]:
+        """Options that change the numbers, as a job's record keeps them; empty for the model as it is."""
+        options = self._options
+        changes: dict[str, Any] = {}
+        if options.loras:
+            changes["loras"] = [lora.label for lora in options.loras]
+        for name, value, plain in (
+            ("attention", options.attention, None), ("compile", options.is_compiled, False),
+            ("vae_dtype", options.vae_dtype, "float32"),
+        ):  # fmt: skip
+            if value != plain:
+                changes[name] = value
+        return changes
 
     def _enqueue(self, job: Job) -> None:
         self._jobs[job.id] = job
@@ -245,6 +288,8 @@ class Engine:
                     f"{self.checkpoint.folder} in {self.dtype}",
                     "job_id",
                 )
+            if (made_with := {key: record[key] for key in CHANGES if key in record}) != self._changes():
+                raise RequestError(f"job {job_id} was made with {made_with}, this engine runs {self._changes()}", "job_id")
             if record.get("has_tensors"):
                 raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
             if record.get("threads") != self._options.threads:

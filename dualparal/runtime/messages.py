@@ -15,6 +15,7 @@ import numpy as np
 
 from dualparal.core.plan import BlockPlan
 from dualparal.core.schedule import Rules
+from dualparal.model.lora_source import Lora
 from dualparal.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ class WorkerOptions:
     timeout_s: float
     verbose: bool = False
     worker_hook: str | None = None
+    attention: str | None = None  # backend of diffusers' attention dispatcher
+    is_compiled: bool = False  # layers through torch.compile
+    vae_dtype: str = "float32"
+    text_encoder: str = "keep"  # where it is after encoding: keep, free, cpu
+    text_cache: str | None = None  # folder of embeddings kept across runs
+    loras: tuple[Lora, ...] = ()
 
     @property
     def ranks(self) -> int:

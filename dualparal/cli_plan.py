@@ -1,0 +1,174 @@
+"""`python -m dualparal plan`: what fits where, bytes per rank, times, and what to change when it does not fit.
+
+Works before any download; with `--calibrate` it first measures this host's device (only then torch is imported).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from dualparal.core.estimate import format_plan, gigabytes
+from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, plan_job
+from dualparal.core.proposals import propose
+from dualparal.core.rules import settle_rules
+from dualparal.core.sizes import DiTSizes
+from dualparal.errors import RequestError
+from dualparal.model.known import find_sizes
+from dualparal.model.layout import split_layers
+from dualparal.presets import Preset, find_preset, load_presets
+from dualparal.request import GenerationRequest
+from dualparal.runtime.calibration import load_speed, store_speed
+from dualparal.runtime.devices import bytes_per_device, count_gpus
+from dualparal.runtime.engine_options import dtype_name, layer_counts
+
+
+def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Callable[..., None]) -> None:
+    """Hook `plan` into the command line's parser; `add_request_flags` adds the flags of a video."""
+    parser = commands.add_parser("plan", help="what a job needs and how long it takes, before any download")
+    add_request_flags(parser, needs_prompt=False)
+    devices = parser.add_argument_group("the devices")
+    devices.add_argument("--model_id", metavar="MODEL", help="folder in diffusers' layout, hub id, or a preset's name")
+    devices.add_argument("--preset", help="preset to take values (and, without --model_id, the model) from")
+    devices.add_argument("--presets_folder", help="also read presets from here")
+    devices.add_argument("--gpus", type=int, metavar="N", help="GPUs to plan for (default: those of this host)")
+    devices.add_argument("--gpu_memory", type=float, metavar="GB", help="memory of each GPU in GB of 10^9 bytes")
+    devices.add_argument("--ranks", type=int, metavar="N", help="ranks that share the layers (default: one for each GPU)")
+    devices.add_argument("--layer_split", metavar="N,N,...", help="layers per rank (default: even)")
+    devices.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="plan for GPUs or for this CPU")
+    devices.add_argument("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
+    devices.add_argument("--vae_dtype", help="dtype of the VAE (default: the preset's)")
+    devices.add_argument("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
+    speed = parser.add_argument_group("the times")
+    speed.add_argument("--flops", type=float, metavar="TFLOPS", help="10^12 FLOP/s of one device, instead of a calibration")
+    speed.add_argument("--calibrate", action="store_true", help="measure this host's device first, and remember it")
+    parser.set_defaults(run=run_plan)
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Print the plan; 0 when it fits, 1 when not."""
+    presets = load_presets(options.presets_folder)
+    name = options.model_id or options.preset or "pocket"
+    preset = find_preset(options.preset or name, presets)
+    model = find_sizes(name, preset)
+    placement = _placement(options, preset, model)
+    given = {field: getattr(options, field) for field in GenerationRequest.model_fields}
+    asked = GenerationRequest(**{**{k: v for k, v in given.items() if v is not None}, "prompt": options.prompt or ""})
+    request = settle_rules(asked.resolve(preset, num_experts=model.num_experts), len(placement.layers))
+    speed, source = _speed(options, request, model, placement)
+    plan = plan_job(request, model, placement, speed=speed)
+    print(describe(plan, source))
+    if plan.refusal is None:
+        return 0
+    print(f"\nIt does not fit: {plan.refusal}.")
+    proposals = propose(request, model, placement, speed)
+    print("It would fit with:" if proposals else "No split or block size makes it fit: use more or larger GPUs.")
+    for proposal in proposals:
+        print(f"  {proposal.flags}: {gigabytes(proposal.plan.bytes_per_rank)} a GPU{_compared(proposal.plan, plan)}")
+    return 1
+
+
+def describe(plan: JobPlan, speed_source: str) -> str:
+    """The plan as text: the video, where each part goes, bytes, times."""
+    request, placement, blocks = plan.request, plan.placement, plan.workload.schedule.plan
+    assert request.fps
+    ranks = len(placement.layers)
+    where = "a device of its own" if placement.codec_rank is None else f"the device of rank {placement.codec_rank}"
+    text = {"keep": "stays there", "free": "is dropped after encoding", "cpu": "waits in host memory"}[placement.text_encoder]
+    lines = [
+        f"{plan.num_frames} frames ({plan.num_frames / request.fps:.1f} s) of {request.width}x{request.height} in "
+        f"{blocks.num_blocks} blocks of {request.num_per_block} latents with {request.num_cat} of context, "
+        f"{request.num_inference_steps} steps, {plan.workload.schedule.num_in_flight()} blocks in flight at most",
+        f"{ranks} rank{'s' * (ranks > 1)} with {', '.join(map(str, placement.layers))} layers in {placement.dtype}; codec "
+        f"(text encoder, VAE in {placement.vae_dtype}) on "
+        f"{where if placement.on_gpu else 'the CPU'}; the text encoder {text}",
+        "",
+        format_plan(plan.memory),
+    ]
+    if not placement.on_gpu:
+        lines.append(f"This host runs it all: {gigabytes(plan.bytes_in_all)} together.")
+    if placement.bytes_per_device is not None:
+        fit = "fits" if plan.refusal is None else "does not fit"
+        of = "of each GPU" if placement.on_gpu else "of this host"
+        lines.append(f"It {fit} the {gigabytes(placement.bytes_per_device)} {of}.")
+    if plan.forecast is None or plan.sweep_s is None or plan.first_frames_s is None or plan.total_s is None:
+        return "\n".join([*lines, "", f"Work: {plan.workload.total_flops():.3g} FLOPs; {speed_source}."])
+    busy = ", ".join(f"{share:.0%}" for share in plan.forecast.busy)
+    return "\n".join([
+        *lines, "",
+        f"Time at {speed_source}, with loading and text encoding left out:",
+        f"  a sweep up to {duration(plan.sweep_s)}, first frames after {duration(plan.first_frames_s)}, "
+        f"all after {duration(plan.total_s)}; stages busy {busy}",
+    ])  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _compared(plan: JobPlan, asked: JobPlan) -> str:
+    if plan.total_s is not None and plan.first_frames_s is not None:
+        return f", first frames after {duration(plan.first_frames_s)}, all after {duration(plan.total_s)}"
+    return f", {plan.workload.total_flops() / asked.workload.total_flops():.0%} of the work"
+
+
+def _placement(options: argparse.Namespace, preset: Preset, model: ModelSizes) -> Placement:
+    gpus = options.gpus if options.gpus is not None else count_gpus()
+    is_cpu = options.device == "cpu" or (options.device == "auto" and gpus == 0)
+    if options.gpu_memory is not None and is_cpu:
+        raise RequestError("gpu_memory is given without GPUs; add --gpus", "gpu_memory")
+    if (options.gpus is not None and options.gpus < 1) or (options.gpu_memory is not None and options.gpu_memory <= 0):
+        raise RequestError("gpus and gpu_memory must be more than 0", "gpus")
+    ranks = options.ranks or (1 if is_cpu else max(1, gpus))
+    if not is_cpu and ranks > max(1, gpus):
+        raise RequestError(f"ranks={ranks} needs {ranks} GPUs, there are {gpus}; use fewer ranks", "ranks")
+    split = layer_counts(options.layer_split)
+    layers = split_layers(DiTSizes.of(model.config).num_layers, ranks if split is None else len(split), split)
+    return Placement(
+        layers=tuple(len(stage) for stage in layers),
+        dtype=dtype_name(options.dtype, "float32" if is_cpu else preset.dtype, "dtype"),
+        vae_dtype=dtype_name(options.vae_dtype, preset.vae_dtype, "vae_dtype"),
+        codec_rank=None if is_cpu or gpus > len(layers) else len(layers) - 1,
+        on_gpu=not is_cpu,
+        bytes_per_device=_memory(options.gpu_memory, is_cpu),
+        text_encoder=options.text_encoder,
+    )
+
+
+def _memory(gpu_memory: float | None, is_cpu: bool) -> int | None:
+    if gpu_memory is not None:
+        return int(gpu_memory * 1e9)
+    return bytes_per_device("cpu" if is_cpu else "cuda")
+
+
+def _speed(
+    options: argparse.Namespace, request: GenerationRequest, model: ModelSizes, placement: Placement
+) -> tuple[Speed | None, str]:
+    """The speed to plan with, and where it comes from."""
+    if options.flops is not None:
+        if options.flops <= 0:
+            raise RequestError(f"flops={options.flops} is not a speed; give 10^12 FLOP/s of one device", "flops")
+        return Speed(flops_per_s=options.flops * 1e12), f"{options.flops:g} TFLOP/s, decoding left out"
+    sizes, device = DiTSizes.of(model.config), "cuda" if placement.on_gpu else "cpu"
+    speed = load_speed(device, placement.dtype, sizes.dim)
+    if options.calibrate:
+        speed = _calibrate(request, model, placement, device)
+        print(f"kept in {store_speed(device, placement.dtype, sizes.dim, speed)}", file=sys.stderr, flush=True)
+    if speed is None:
+        return None, "for times add --calibrate on the machine itself, or --flops"
+    return speed, f"{speed.flops_per_s / 1e12:.3g} TFLOP/s as measured on this host's {device}"
+
+
+def _calibrate(request: GenerationRequest, model: ModelSizes, placement: Placement, device: str) -> Speed:
+    if device == "cuda" and count_gpus() == 0:
+        raise RequestError("there is no GPU on this host to calibrate; give --flops, or --device cpu", "calibrate")
+    from dualparal.model.calibrate import calibrate
+
+    assert request.height and request.width and request.num_per_block and request.num_cat is not None
+    per_frame = DiTSizes.of(model.config).tokens_per_frame(request.height, request.width)
+    num_tokens = max(1, (request.num_per_block + request.num_cat) * per_frame)
+    return calibrate(model.config, device=device, dtype=placement.dtype, num_tokens=num_tokens)

@@ -1,0 +1,228 @@
+"""What a job needs and how long it takes on given devices, before anything is downloaded or loaded.
+
+One answer for the `plan` command, the page's estimate and the engine's refusal. It puts together the block plan, the schedule,
+`estimate` (bytes) and `work` (FLOPs through the event model). Pure arithmetic: no torch, no clock, no device is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from dualparal.core.estimate import MemoryPlan, gigabytes, memory_plan, workload_of
+from dualparal.core.event_model import Forecast
+from dualparal.core.rules import rules_of
+from dualparal.core.sizes import DTYPE_BYTES, PUBLISHED_MODELS, VAE_PARAMETERS, umt5_parameters
+from dualparal.core.work import Workload
+from dualparal.request import GenerationRequest, frames_of_latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """The numbers of one model: its transformer's config, experts, and parameters of its other parts."""
+
+    config: Mapping[str, Any]
+    num_experts: int = 1
+    text_parameters: int = umt5_parameters()
+    vae_parameters: int = VAE_PARAMETERS
+
+    @classmethod
+    def published(cls, hub_id: str) -> ModelSizes | None:
+        """Sizes of a published Wan model, known without a download; None for any other."""
+        known = PUBLISHED_MODELS.get(hub_id)
+        return cls(config=known[0], num_experts=known[1]) if known else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which part runs where: `layers[r]` layers on rank r, each rank on a GPU of its own or all on this host's CPU.
+
+    `codec_rank`: the rank whose GPU the codec shares, None for a GPU of its own. `bytes_per_device`: of each GPU, or of the
+    host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised).
+    """
+
+    layers: tuple[int, ...]
+    dtype: str = "bfloat16"
+    vae_dtype: str = "float32"
+    codec_rank: int | None = None
+    on_gpu: bool = True
+    bytes_per_device: int | None = None
+    text_encoder: str = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a device does: FLOP/s of a stage's layers, seconds of VAE decode per latent frame and output pixel."""
+
+    flops_per_s: float
+    decode_s_per_pixel: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """The needs of one resolved request on one placement; times are None without a `speed`."""
+
+    request: GenerationRequest
+    placement: Placement
+    workload: Workload
+    memory: MemoryPlan
+    speed: Speed | None = None
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """Bytes of the rank that needs most."""
+        return self.memory.most
+
+    @property
+    def bytes_in_all(self) -> int:
+        """Bytes of every rank and the codec together: what a host needs that runs them all on its CPU."""
+        shared = any(rank.codec for rank in self.memory.ranks)
+        return sum(rank.total for rank in self.memory.ranks) + (0 if shared else self.memory.codec)
+
+    @property
+    def refusal(self) -> str | None:
+        """One sentence with the numbers when it does not fit, None when it does or the memory is not known."""
+        have = self.placement.bytes_per_device
+        if have is None:
+            return None
+        if not self.placement.on_gpu:
+            if self.bytes_in_all <= have:
+                return None
+            return (
+                f"all ranks together need {gigabytes(self.bytes_in_all)} and this host has {gigabytes(have)}; use a smaller "
+                "picture, or a smaller num_per_block or num_cat"
+            )
+        if (sentence := self.memory.refusal(have)) is not None:
+            return sentence
+        if self.memory.codec > have:
+            return (
+                f"the codec needs {gigabytes(self.memory.codec)} and its GPU has {gigabytes(have)}; use a smaller picture or "
+                "a smaller num_per_block"
+            )
+        return None
+
+    @cached_property
+    def forecast(self) -> Forecast | None:
+        """When each block is denoised."""
+        return self.workload.forecast(self.speed.flops_per_s) if self.speed else None
+
+    @cached_property
+    def block_shown(self) -> tuple[float, ...] | None:
+        """Seconds after which each block is decoded. The codec works beside the stages, one block after another."""
+        forecast, speed, request = self.forecast, self.speed, self.request
+        if forecast is None or speed is None:
+            return None
+        assert request.height and request.width
+        per_latent_s = speed.decode_s_per_pixel * request.height * request.width
+        shown, at = [], 0.0
+        for done, length in zip(forecast.block_done, self.workload.schedule.plan.lengths, strict=True):
+            at = max(at, done) + per_latent_s * length
+            shown.append(at)
+        return tuple(shown)
+
+    @property
+    def first_frames_s(self) -> float | None:
+        return self.block_shown[0] if self.block_shown else None
+
+    @property
+    def total_s(self) -> float | None:
+        return self.block_shown[-1] if self.block_shown else None
+
+    @cached_property
+    def sweep_s(self) -> float | None:
+        """Seconds of the longest sweep: what the slowest stage works in it."""
+        if self.speed is None:
+            return None
+        cost, ranks = self.workload.cost(self.speed.flops_per_s), range(len(self.placement.layers))
+        sweeps: dict[int, list[float]] = {}
+        for item in self.workload.schedule.items:
+            worked = sweeps.setdefault(item.sweep, [0.0] * len(ranks))
+            for rank in ranks:
+                worked[rank] += cost(item, rank)
+        return max(max(worked) for worked in sweeps.values())
+
+    @property
+    def num_frames(self) -> int:
+        assert self.request.latents_num
+        return frames_of_latents(self.request.latents_num)
+
+
+def plan_job(
+    request: GenerationRequest, model: ModelSizes, placement: Placement, *, speed: Speed | None = None, is_short: bool = False
+) -> JobPlan:
+    """The plan of a resolved request with settled rules (`core.rules.settle_rules`).
+
+    `is_short` looks at the job's first blocks only, as many as decide its memory: quick for a long video, but without times.
+    """
+    assert request.height and request.width and request.num_inference_steps
+    looked_at = _shortened(request) if is_short else request
+    workload = workload_of(
+        looked_at, model.config, placement.layers, rules=rules_of(request),
+        experts=experts_by_step(request) if model.num_experts > 1 else None,
+    )  # fmt: skip
+    return JobPlan(
+        request=request, placement=placement, workload=workload, memory=_memory(workload, request, model, placement),
+        speed=None if is_short else speed,
+    )  # fmt: skip
+
+
+def _memory(workload: Workload, request: GenerationRequest, model: ModelSizes, placement: Placement) -> MemoryPlan:
+    assert request.height and request.width
+    text_bytes = model.text_parameters * DTYPE_BYTES[placement.dtype]
+    vae_bytes = model.vae_parameters * DTYPE_BYTES[placement.vae_dtype]
+    plan = memory_plan(
+        workload, height=request.height, width=request.width, dtype=placement.dtype, num_experts=model.num_experts,
+        codec_rank=placement.codec_rank, text_encoder_bytes=0, vae_bytes=vae_bytes, on_gpu=placement.on_gpu,
+    )  # fmt: skip
+    # Encoding and decoding never happen at once: a text encoder that leaves the device makes room for the decoder's work.
+    is_kept = placement.text_encoder == "keep" or (not placement.on_gpu and placement.text_encoder == "cpu")
+    decoding = plan.codec - vae_bytes
+    codec = vae_bytes + (text_bytes + decoding if is_kept else max(text_bytes, decoding))
+    ranks = tuple(replace(rank, codec=codec if rank.codec else 0) for rank in plan.ranks)
+    return replace(plan, ranks=ranks, codec=codec)
+
+
+def _shortened(request: GenerationRequest) -> GenerationRequest:
+    """The same request with only as many blocks as can be in flight, and a few: memory does not grow beyond them."""
+    assert request.latents_num and request.num_per_block and request.num_cat is not None and request.num_inference_steps
+    enough = request.num_per_block * (request.num_inference_steps + 4) + request.num_cat
+    return request.model_copy(update={"latents_num": min(request.latents_num, enough)})
+
+
+def experts_by_step(request: GenerationRequest, num_train_timesteps: int = 1000) -> tuple[int, ...]:
+    """Which expert runs each step, as `sampler.SamplerFactory.experts` says it, from flow matching's timesteps alone."""
+    num_steps, shift, boundary = request.num_inference_steps, request.flow_shift, request.boundary_ratio
+    assert num_steps and shift
+    if boundary is None:
+        return (0,) * num_steps
+    found = []
+    for step in range(num_steps):
+        sigma = 1 - (1 - 1 / num_train_timesteps) * step / num_steps
+        shifted = min(shift * sigma / (1 + (shift - 1) * sigma), 1 - 1e-6)  # UniPC keeps the first below 1
+        found.append(int(int(shifted * num_train_timesteps) < boundary * num_train_timesteps))
+    return tuple(found)
+
+
+def balanced_layers(request: GenerationRequest, model: ModelSizes, placement: Placement) -> tuple[int, ...]:
+    """The layer split whose fullest rank needs least: layers move from the fullest rank to the emptiest while it helps."""
+    plan = plan_job(request, model, placement, is_short=True)
+    while True:
+        totals = [rank.total for rank in plan.memory.ranks]
+        full, empty = totals.index(max(totals)), totals.index(min(totals))
+        layers = list(plan.placement.layers)
+        if full == empty or layers[full] == 1:
+            return plan.placement.layers
+        layers[full] -= 1
+        layers[empty] += 1
+        moved = _with_layers(plan, model, layers)
+        if moved.bytes_per_rank >= plan.bytes_per_rank:
+            return plan.placement.layers
+        plan = moved
+
+
+def _with_layers(plan: JobPlan, model: ModelSizes, layers: Sequence[int]) -> JobPlan:
+    placement, workload = replace(plan.placement, layers=tuple(layers)), replace(plan.workload, layers=tuple(layers))
+    memory = _memory(workload, plan.request, model, placement)
+    return replace(plan, placement=placement, workload=workload, memory=memory)

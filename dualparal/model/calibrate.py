@@ -1,0 +1,95 @@
+"""Measures what this host's device does: one real layer of the model's shape with random weights, and the VAE's decoder.
+
+FLOPs are counted by `core.work`, so that a plan's time is FLOPs over this rate. On a GPU the window is one of a real job; on a
+CPU it is shorter, so that a pass takes about a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+from dualparal.core.job_plan import Speed
+from dualparal.core.sizes import DiTSizes
+from dualparal.core.work import layer_flops
+from dualparal.model.checkpoint import DTYPES
+from dualparal.model.feature_cache import CrossAttention, SelfAttention, Surroundings
+from dualparal.model.vae import StreamingDecoder
+
+TEXT_TOKENS = 512
+ENOUGH_S = 1.0  # a pass this long measures well
+
+
+def calibrate(
+    config: Mapping[str, Any], *, device: str, dtype: str, num_tokens: int, attention: str | None = None, size_px: int = 64
+) -> Speed:
+    """The speed of `device` for a transformer of `config` in `dtype`, at windows of up to `num_tokens` tokens.
+
+    The VAE has Wan's real shape and decodes `size_px` x `size_px` pixels.
+    """
+    with torch.inference_mode():
+        flops_per_s = _layer_rate(DiTSizes.of(config), torch.device(device), DTYPES[dtype], num_tokens, attention)
+        return Speed(flops_per_s=flops_per_s, decode_s_per_pixel=_decode_rate(torch.device(device), size_px))
+
+
+def _layer_rate(sizes: DiTSizes, device: torch.device, dtype: torch.dtype, num_tokens: int, attention: str | None) -> float:
+    with torch.device("meta"):
+        block = WanTransformerBlock(sizes.dim, sizes.ffn_dim, sizes.num_heads, cross_attn_norm=sizes.has_cross_norm)
+    block = block.to(dtype).to_empty(device=device).eval()
+    for parameter in block.parameters():
+        parameter.uniform_(-0.02, 0.02)
+    for name, module in block.named_modules():
+        if name in ("norm1", "norm2", "norm3"):
+            module.float()
+    itself, texts = SelfAttention(0), {0: [torch.randn(1, TEXT_TOKENS, sizes.dim, device=device, dtype=dtype)] * 2}
+    cross = CrossAttention(texts)
+    itself._attention_backend = cross._attention_backend = attention  # type: ignore[assignment]
+    block.attn1.set_processor(itself)
+    block.attn2.set_processor(cross)
+    temb = torch.randn(1, 6, sizes.dim, device=device)
+
+    def seconds_of(tokens: int) -> float:
+        rope = torch.polar(torch.ones(1), torch.zeros(1)).to(device).expand(tokens, sizes.dim // sizes.num_heads // 2)
+        hidden = torch.randn(2, tokens, sizes.dim, device=device, dtype=dtype)
+
+        def run() -> None:
+            itself.surroundings = Surroundings(rope)
+            block(hidden, (0, None), temb, None)
+
+        return _median_s(run, device)
+
+    tokens = num_tokens if device.type == "cuda" else min(num_tokens, 256)
+    while (seconds := seconds_of(tokens)) < ENOUGH_S / 4 and tokens < num_tokens and device.type != "cuda":
+        tokens = min(2 * tokens, num_tokens)
+    return layer_flops(sizes, tokens, tokens, text_tokens=TEXT_TOKENS) / seconds
+
+
+def _decode_rate(device: torch.device, size_px: int) -> float:
+    """Seconds per latent frame and output pixel, of frames after a video's first."""
+    decoder = StreamingDecoder(AutoencoderKLWan().to(device).requires_grad_(False).eval())
+    latents = torch.randn(1, decoder.z_dim, 1, size_px // 8, size_px // 8)
+    decoder.decode(latents)
+    decoder.decode(latents)  # caches are full from here on
+    return _median_s(lambda: decoder.decode(latents), device) / size_px**2
+
+
+def _median_s(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    run()
+    found = []
+    for _ in range(repeats):
+        _wait_for(device)
+        started_s = time.perf_counter()
+        run()
+        _wait_for(device)
+        found.append(time.perf_counter() - started_s)
+    return sorted(found)[repeats // 2]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,42 @@
+"""Sizes of a model by whatever a user calls it, without a download: a published model's are known, a folder's are read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from dualparal.core.job_plan import ModelSizes
+from dualparal.errors import CheckpointError
+from dualparal.model.layout import Checkpoint
+from dualparal.model.source import find_model
+from dualparal.presets import Preset
+
+
+def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
+    """The sizes of a checkpoint folder, from its configs and safetensors headers."""
+    return ModelSizes(
+        config=checkpoint.config("transformer"),
+        num_experts=checkpoint.num_experts,
+        text_parameters=_count(checkpoint, "text_encoder"),
+        vae_parameters=_count(checkpoint, "vae"),
+    )
+
+
+def find_sizes(model: str, preset: Preset) -> ModelSizes:
+    """The sizes of `model` (a preset's name, a hub id or a folder) with `preset`, before anything is downloaded.
+
+    Raises `CheckpointError` for a hub id that is neither published by Wan's authors nor on this host.
+    """
+    name = model if Path(model).is_dir() else preset.model or model
+    if (known := ModelSizes.published(name)) is not None:
+        return known
+    if Path(name).is_dir() or name == "pocket":
+        return sizes_of(find_model(model, preset)[1])
+    raise CheckpointError(f"the sizes of {name} are not known before its download; give a folder, or one of Wan's own models")
+
+
+def _count(checkpoint: Checkpoint, component: str) -> int:
+    tensors = checkpoint.tensors(component)
+    if "shared.weight" in tensors:  # the same table under two names
+        tensors.pop("encoder.embed_tokens.weight", None)
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())

@@ -1,0 +1,36 @@
+"""Checks of an engine's options that need no torch, so that a wrong one is refused before any process starts."""
+
+from __future__ import annotations
+
+from dualparal.errors import RequestError
+
+DTYPE_NAMES = {
+    "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
+    "fp16": "float16", "half": "float16",
+}  # fmt: skip
+TEXT_ENCODER_PLACES = ("keep", "free", "cpu")
+
+
+def dtype_name(given: object, default: str, field: str) -> str:
+    """The plain name of a dtype (torch's spelling and short names are taken); `default` for None. Raises `RequestError`."""
+    name = str(given).removeprefix("torch.") if given else default
+    if name not in DTYPE_NAMES:
+        raise RequestError(f"{field}={given!r} is not known; use {', '.join(DTYPE_NAMES)}", field)
+    return DTYPE_NAMES[name]
+
+
+def check_text_encoder(place: str) -> str:
+    """`place` itself: keep (on its device), free (dropped after encoding), cpu (waits in host memory)."""
+    if place not in TEXT_ENCODER_PLACES:
+        raise RequestError(f"text_encoder={place!r} is not known; use {', '.join(TEXT_ENCODER_PLACES)}", "text_encoder")
+    return place
+
+
+def layer_counts(text: str | None) -> list[int] | None:
+    """Layers per rank from a flag like "15,15"; None for None. Raises `RequestError`."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"layer_split={text!r} is not a list of counts; write e.g. 15,15", "layer_split") from None

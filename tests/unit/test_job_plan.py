@@ -1,0 +1,266 @@
+"""Plans of whole jobs: what fits, what is proposed when it does not, times, and the engine's and the command's use of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import AutoencoderKLWan
+
+from dualparal import Engine, GenerationRequest
+from dualparal.cli import main
+from dualparal.core.job_plan import (
+    JobPlan,
+    ModelSizes,
+    Placement,
+    Speed,
+    balanced_layers,
+    experts_by_step,
+    plan_job,
+)
+from dualparal.core.proposals import propose
+from dualparal.core.rules import settle_rules
+from dualparal.core.sampler import SamplerFactory
+from dualparal.core.sizes import PUBLISHED_MODELS
+from dualparal.errors import CheckpointError, RequestError
+from dualparal.model import calibrate
+from dualparal.model.known import find_sizes, sizes_of
+from dualparal.model.layout import Checkpoint, split_layers
+from dualparal.presets import Preset, load_presets
+from dualparal.runtime import devices, engine
+from dualparal.runtime.calibration import load_speed, store_speed
+
+SPEED = Speed(flops_per_s=2e14, decode_s_per_pixel=1e-6)
+GB = 10**9
+
+
+def case(name: str = "wan2.1-14b-480p", ranks: int = 4, gigabytes: float | None = 80, **values: Any) -> tuple[Any, ...]:
+    """(request, model, placement) of a preset on `ranks` GPUs that also hold the codec."""
+    preset = load_presets()[name]
+    model = ModelSizes.published(preset.model)
+    assert model is not None
+    request = GenerationRequest(prompt="x", **values).resolve(preset, num_experts=model.num_experts)
+    layers = tuple(len(stage) for stage in split_layers(model.config["num_layers"], ranks))
+    placement = Placement(
+        layers=layers, codec_rank=ranks - 1, bytes_per_device=None if gigabytes is None else int(gigabytes * GB)
+    )
+    return settle_rules(request, ranks), model, placement
+
+
+def plan(*values: Any, **named: Any) -> JobPlan:
+    return plan_job(*case(*values, **named), speed=SPEED)
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8, 20, 40, 50, 200])
+def test_experts_equal_the_samplers(num_steps: int, flow_shift: float) -> None:
+    factory = SamplerFactory(
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        num_steps=num_steps,
+        flow_shift=flow_shift,
+        device="cpu",
+    )
+    for boundary in (None, 0.1, 0.5, 0.875, 0.9, 1.0):
+        request = GenerationRequest(prompt="", num_inference_steps=num_steps, flow_shift=flow_shift, boundary_ratio=boundary)
+        assert experts_by_step(request) == factory.experts(boundary)
+
+
+@pytest.mark.parametrize("values", [{}, {"schedule": "preview"}, {"schedule": "preview", "context": "cached"}, {"num_cat": 3}])
+def test_a_short_look_sees_the_same_memory(values: dict[str, Any]) -> None:
+    request, model, placement = case(seconds=120, **values)
+    whole, short = plan_job(request, model, placement), plan_job(request, model, placement, is_short=True)
+    assert short.memory == whole.memory
+    assert len(short.workload.schedule.items) <= len(whole.workload.schedule.items)
+
+
+def test_times_follow_from_the_speed() -> None:
+    slow = plan()
+    fast = plan_job(*case(), speed=replace(SPEED, flops_per_s=4e14))
+    assert slow.sweep_s and fast.sweep_s == pytest.approx(slow.sweep_s / 2)
+    assert slow.first_frames_s and slow.total_s and slow.forecast
+    decode_s = 1e-6 * 480 * 832
+    assert slow.first_frames_s == pytest.approx(slow.forecast.block_done[0] + 16 * decode_s)
+    assert slow.total_s >= slow.forecast.total + 8 * decode_s
+    assert plan_job(*case()).total_s is None
+    assert plan_job(*case(), speed=SPEED, is_short=True).total_s is None
+
+
+def test_refusals_name_the_number() -> None:
+    fits, tight = plan(gigabytes=80), plan(gigabytes=24)
+    assert fits.refusal is None
+    assert tight.refusal is not None
+    assert f"{tight.bytes_per_rank / 1e9:.1f} GB" in tight.refusal and "24.0 GB" in tight.refusal
+    assert plan(gigabytes=None).refusal is None, "what is not known refuses nothing"
+    request, model, placement = case("wan2.1-1.3b-480p", 2, gigabytes=15)
+    alone = plan_job(request, model, replace(placement, codec_rank=None))
+    assert alone.refusal is not None and alone.refusal.startswith("the codec needs")
+
+
+def test_a_host_holds_all_ranks_together() -> None:
+    request, model, placement = case("wan2.1-1.3b-480p", 2)
+    on_cpu = replace(placement, on_gpu=False, codec_rank=None, dtype="float32", bytes_per_device=60 * GB)
+    plan = plan_job(request, model, on_cpu)
+    assert plan.bytes_in_all == sum(rank.total for rank in plan.memory.ranks) + plan.memory.codec
+    assert plan_job(request, model, replace(on_cpu, bytes_per_device=plan.bytes_in_all)).refusal is None
+    refusal = plan_job(request, model, replace(on_cpu, bytes_per_device=plan.bytes_in_all - 1)).refusal
+    assert refusal is not None and refusal.startswith("all ranks together need")
+
+
+def test_a_text_encoder_that_leaves_makes_room() -> None:
+    request, model, placement = case()
+    kept, freed = (plan_job(request, model, replace(placement, text_encoder=where)).memory for where in ("keep", "cpu"))
+    text, decoding = model.text_parameters * 2, kept.codec - model.text_parameters * 2 - model.vae_parameters * 4
+    assert kept.codec - freed.codec == min(text, decoding)
+    half = plan_job(request, model, replace(placement, vae_dtype="bfloat16")).memory
+    assert kept.codec - half.codec == model.vae_parameters * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "gigabytes"),
+    [("wan2.1-14b-720p", 4, 24), ("wan2.1-1.3b-480p", 1, 24), ("wan2.2-a14b-480p", 4, 48), ("wan2.1-14b-480p", 8, 24)],
+)
+def test_what_is_proposed_fits(name: str, ranks: int, gigabytes: float) -> None:
+    request, model, placement = case(name, ranks, gigabytes)
+    found = propose(request, model, placement, SPEED)
+    assert found
+    for proposal in found:
+        assert proposal.plan.refusal is None
+        assert sum(proposal.plan.placement.layers) == model.config["num_layers"]
+        assert proposal.plan.total_s and proposal.flags.startswith("--")
+    assert len({proposal.flags for proposal in found}) == len(found)
+
+
+def test_nothing_is_proposed_for_what_fits_or_cannot() -> None:
+    assert propose(*case(gigabytes=80)) == []
+    assert propose(*case(gigabytes=None)) == []
+    assert propose(*case(gigabytes=2)) == []
+
+
+def test_layers_move_away_from_the_codec() -> None:
+    request, model, placement = case(gigabytes=None)
+    layers = balanced_layers(request, model, placement)
+    assert sum(layers) == 40 and layers[3] < 10 == placement.layers[3]
+    balanced = plan_job(request, model, replace(placement, layers=layers))
+    assert balanced.bytes_per_rank < plan_job(request, model, placement).bytes_per_rank
+
+
+# The model's sizes without a download
+
+
+def test_published_sizes_equal_a_folders(tiny: Path) -> None:
+    sizes = sizes_of(Checkpoint(tiny))
+    assert (sizes.num_experts, sizes.config["num_layers"]) == (1, 4)
+    assert 0 < sizes.text_parameters < 100_000 and 0 < sizes.vae_parameters < 100_000
+    assert find_sizes(str(tiny), Preset()) == sizes
+    for name, (config, num_experts) in PUBLISHED_MODELS.items():
+        known = find_sizes(name, Preset(model=name))
+        assert (known.config, known.num_experts) == (config, num_experts)
+    with pytest.raises(CheckpointError, match="not known before its download"):
+        find_sizes("someone/else", Preset(model="someone/else"))
+
+
+# The engine
+
+
+def test_the_engine_refuses_before_anything_starts(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "bytes_per_device", lambda device: 1000)
+    made = Engine(str(tiny), outputs=tmp_path)
+    request = GenerationRequest(prompt="x", latents_num=8, height=32, width=32, num_per_block=4, num_cat=2)
+    assert made.plan(request).refusal
+    with pytest.raises(RequestError, match=r"all ranks together need .* this host has") as refused:
+        made.submit(request)
+    assert refused.value.field == "num_per_block"
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_engines_plan(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALPARAL_CACHE", str(tmp_path))
+    made = Engine(str(tiny), ranks=2, layer_split=[3, 1], text_encoder="free", vae_dtype="bf16")
+    request = GenerationRequest(prompt="x", latents_num=8, height=32, width=32, num_per_block=4, num_cat=2)
+    found = made.plan(request)
+    assert found.placement.layers == (3, 1) and found.placement.vae_dtype == "bfloat16" and found.refusal is None
+    assert found.total_s is None
+    store_speed("cpu", "float32", 24, SPEED)
+    assert made.plan(request).total_s
+    assert load_speed("cpu", "bfloat16", 24) is None and load_speed("cuda:0", "float32", 24) is None
+
+
+def test_a_damaged_calibration_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALPARAL_CACHE", str(tmp_path))
+    for text in (
+        "",
+        "[]",
+        "{",
+        json.dumps({"cpu float32 dim 24": 3}),
+        json.dumps({"cpu float32 dim 24": {"flops_per_s": "x"}}),
+    ):
+        (tmp_path / "calibration.json").write_text(text)
+        assert load_speed("cpu", "float32", 24) is None
+    store_speed("cpu", "float32", 24, SPEED)
+    assert load_speed("cpu", "float32", 24) == SPEED
+
+
+def test_memory_of_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (devices.bytes_per_device("cpu") or 0) > 2**28
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    assert devices.bytes_per_device("cuda") is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 81559\necho 24564\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: str(program))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices.bytes_per_device("cuda") == 24564 * 2**20
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert devices.bytes_per_device("cuda") == 81559 * 2**20
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert devices.bytes_per_device("cuda") is None
+
+
+# The command
+
+
+def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "wan2.1-14b-720p", "--gpus", "4", "--gpu-memory", "24", "--flops", "200"]) == 1
+    out = capsys.readouterr().out
+    assert "It does not fit: rank 3 needs" in out and "It would fit with:\n  --text_encoder cpu" in out
+    assert (
+        main(["plan", "--preset", "wan2.1-14b-480p", "--gpus", "8", "--gpu-memory", "48", "--layer_split", "6,6,6,6,6,5,5"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "7 ranks with 6, 6, 6, 6, 6, 5, 5 layers" in out and "device of its own" in out
+    assert main(["plan", "--preset", "wan2.1-1.3b-480p", "--device", "cpu", "--latents_num", "3", "--width", "64"]) in (0, 1)
+    assert "on the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gpus", "0"],
+        ["--gpu-memory", "24", "--device", "cpu"],
+        ["--gpus", "2", "--ranks", "3"],
+        ["--gpus", "2", "--flops", "0"],
+        ["--gpus", "2", "--layer_split", "1,2"],
+        ["--gpus", "2", "--dtype", "int8"],
+        ["--gpus", "2", "--num_cat", "9"],
+        ["--gpus", "2", "--layer_split", "a"],
+    ],
+)
+def test_wrong_usage(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "wan2.1-1.3b-480p", *flags]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_calibration_on_this_cpu(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("DUALPARAL_CACHE", str(tmp_path))
+    small = functools.partial(AutoencoderKLWan, base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    monkeypatch.setattr(calibrate, "AutoencoderKLWan", small)
+    command = ["plan", "--model_id", str(tiny), "--device", "cpu", "--latents_num", "9", "--height", "32", "--width", "32"]
+    assert main([*command, "--calibrate"]) == 0
+    assert "as measured on this host's cpu" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "first frames after" in capsys.readouterr().out
