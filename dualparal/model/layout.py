@@ -74,6 +74,15 @@ class Checkpoint:
     def num_layers(self) -> int:
         return int(self.config("transformer").get("num_layers", 40))
 
+    @property
+    def text_dim(self) -> int:
+        return int(self.config("transformer").get("text_dim", 4096))
+
+    @property
+    def latent_sizes(self) -> tuple[int, int]:
+        """(channels of the latents, pixels per latent pixel)."""
+        return int(self.config("transformer").get("in_channels", 16)), int(self.config("vae").get("scale_factor_spatial") or 8)
+
     def tensors(self, component: str) -> dict[str, TensorInfo]:
         """Every tensor of a component, from the headers of its safetensors file or files. Checks that no file is cut off."""
         stem = WEIGHT_NAMES.get(component, "diffusion_pytorch_model")
@@ -107,7 +116,7 @@ class Checkpoint:
             self._validate()
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise CheckpointError(
-                f"{self.folder} has a config that makes no sense ({type(error).__name__}: {str(error)[:100]}); download it again"
+                f"{self.folder} has a config that makes no sense ({type(error).__name__}: {str(error)[:99]}); download again"
             ) from None
 
     def _validate(self) -> None:

@@ -6,6 +6,7 @@ Prompts to encode overtake blocks to decode, so that the next job's first step d
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import time
 from collections import deque
@@ -55,7 +56,7 @@ def codec_main(connection: Connection, options: WorkerOptions, inbox: Queue[Any]
         text = TextEncoder(checkpoint, device=options.codec_device, dtype=DTYPES[options.dtype])
         decoder = StreamingDecoder.load(checkpoint, device=options.codec_device)
         parts = call_hook(options, rank=None, text=text, decoder=decoder, uplink=uplink)
-        uplink.send(Ready(uplink.name, {"load_s": time.monotonic() - started_s}))
+        uplink.send(Ready(uplink.name, {"pid": os.getpid(), "load_s": time.monotonic() - started_s}))
         Codec(parts["text"], parts["decoder"], uplink, inbox, outbox).serve()
 
     run_worker("codec", connection, options, serve)
@@ -71,6 +72,7 @@ class Codec:
         self._inbox, self._outbox = inbox, outbox
         self._waiting: deque[Any] = deque()
         self._video: OpenedVideo | None = None
+        self._failed_job = ""  # what still comes for it is dropped
 
     def serve(self) -> None:
         """Until Shutdown."""
@@ -83,9 +85,7 @@ class Codec:
             match message:
                 case EncodeText():
                     self._encode(message)
-                case OpenVideo():
-                    self._video = OpenedVideo(message, self._decoder, self._uplink)
-                case DecodeBlock() | CloseVideo():
+                case OpenVideo() | DecodeBlock() | CloseVideo():
                     self._serve_video(message)
                 case Shutdown():
                     return
@@ -112,23 +112,28 @@ class Codec:
         self._uplink.send(Spans(message.job_id, (Span("text", started_s, ended_s, 0, 0),)))
         self._outbox.put(Embeddings(message.job_id, arrays, ended_s - started_s))
 
-    def _serve_video(self, message: DecodeBlock | CloseVideo) -> None:
-        video = self._video
-        assert video is not None and video.job.job_id == message.job_id, "a block of a video that is not open"
-        if video.has_failed:
+    def _serve_video(self, message: OpenVideo | DecodeBlock | CloseVideo) -> None:
+        job_id = message.job.job_id if isinstance(message, OpenVideo) else message.job_id
+        if job_id == self._failed_job:
             return
         try:
+            if isinstance(message, OpenVideo):
+                self._video = OpenedVideo(message, self._decoder, self._uplink)
+                return
+            video = self._video
+            assert video is not None and video.job.job_id == job_id, "a block of a video that is not open"
             if isinstance(message, DecodeBlock):
                 video.add(message)
             else:
                 self._uplink.send(video.close(message))
+                self._video = None
         except (OSError, ValueError) as error:
             # The job is lost, the codec is not: a full disk concerns this video only.
-            video.has_failed = True
+            self._video, self._failed_job = None, job_id
             kind, sentence = describe_error("the video writer", error)
             kind = "OutputError" if isinstance(error, OSError) and not isinstance(error, OutputError) else kind
-            log.error("video of job %s failed", message.job_id, exc_info=True)
-            self._uplink.send(JobError(message.job_id, kind, sentence))
+            log.error("video of job %s failed", job_id, exc_info=True)
+            self._uplink.send(JobError(job_id, kind, sentence))
 
 
 class OpenedVideo:
@@ -136,7 +141,6 @@ class OpenedVideo:
 
     def __init__(self, message: OpenVideo, decoder: StreamingDecoder, uplink: Uplink) -> None:
         self.job: RunJob = message.job
-        self.has_failed = False
         request = message.job.request
         assert request.fps
         self._decoder, self._uplink = decoder, uplink

@@ -53,6 +53,7 @@ from dualparal.runtime.messages import (
     WorkerError,
     WorkerOptions,
 )
+from dualparal.runtime.tensors import checked_noise, checked_text
 
 if TYPE_CHECKING:
     import torch
@@ -226,25 +227,21 @@ class Engine:
         resolved = self.resolve(request)
         if (refusal := self.plan(resolved, is_short=True).refusal) is not None:
             raise RequestError(refusal, "num_per_block")
-        if resolved.guidance_scale is not None and resolved.guidance_scale > 1 and prompt_embeds is not None:  # noqa: SIM102
-            if negative_prompt_embeds is None and not resolved.negative_prompt:
-                log.info("prompt_embeds without negative_prompt_embeds: the empty negative prompt is encoded")
+        noise = checked_noise(latents, resolved, self.checkpoint)
+        cond = checked_text(prompt_embeds, "prompt_embeds", self.checkpoint)
+        uncond = checked_text(negative_prompt_embeds, "negative_prompt_embeds", self.checkpoint)
+        job_id = new_job_id() if job_id is None else job_id
         with self._changed:
             if self._state in ("failed", "closed") or self._is_closing:
                 raise self._failure()
             if len(self._queue) >= self._max_queue:
                 raise QueueFull(f"{len(self._queue)} jobs are waiting, the most there may be; try again later")
             folder = JobFolder.create(
-                self.outputs, job_id or new_job_id(), resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
+                self.outputs, job_id, resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
                 owner=owner, ranks=self.ranks, dtype=self.dtype, threads=self._options.threads, export_images=export_images,
                 has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)), **self._changes(),
             )  # fmt: skip
-            run = RunJob(
-                folder.job_id, resolved, str(folder.path), return_latents, export_images,
-                None if latents is None else tuple(_to_numpy(block) for block in latents),
-                None if prompt_embeds is None else _to_numpy(prompt_embeds),
-                None if negative_prompt_embeds is None else _to_numpy(negative_prompt_embeds),
-            )  # fmt: skip
+            run = RunJob(folder.job_id, resolved, str(folder.path), return_latents, export_images, noise, cond, uncond)
             job = Job(run, folder, owner, self._request_cancel)
             self._enqueue(job)
         self._wake()
@@ -366,7 +363,7 @@ class Engine:
         error: DualParalError | None = None
         waiting_for = set(group.processes)
         self.workers = {}
-        seen_s = dict.fromkeys(group.processes, time.monotonic())
+        seen_s: dict[str, float] = {}  # from the first beat on: importing torch from a cold disk may take minutes
         deadline_s = time.monotonic() + START_TIMEOUT_S
         try:
             while error is None and not self._is_closing:
@@ -392,6 +389,7 @@ class Engine:
                 if ended and error is None:
                     error = WorkerDied(f"{group.describe_end(ended[0])}")
                 silent = [name for name, at_s in seen_s.items() if now_s - at_s > SILENCE_S]
+                # When all are silent it was this process that slept.
                 if silent and error is None and now_s - max(seen_s.values()) < SILENCE_S / 2:
                     error = WorkerDied(f"{silent[0]} has not answered for {SILENCE_S:.0f} s")
                 if waiting_for and now_s > deadline_s:
@@ -414,11 +412,15 @@ class Engine:
         while time.monotonic() < deadline_s:
             messages, ended, _ = group.receive(0.2, [])
             for other in messages:
-                if isinstance(other, WorkerError) and other.kind != "WorkerDied":
+                if not isinstance(other, WorkerError):
+                    self._take(other, group)  # a block or a video may have been finished meanwhile
+                elif other.kind != "WorkerDied":
                     return error_from_wire(other.kind, other.message)
             for name in ended:
                 if name != message.name and (group.processes[name].exitcode or 0) < 0:
                     return WorkerDied(group.describe_end(name))
+            if ended:
+                time.sleep(0.05)  # an ended process stays ready to be waited for
         return error or found
 
     def _dispatch(self, group: WorkerGroup) -> None:
@@ -525,13 +527,6 @@ class Engine:
 
 def _with_busy(progress: Progress, busy: tuple[float, ...]) -> Progress:
     return dataclasses.replace(progress, busy=busy)
-
-
-def _to_numpy(tensor: Any) -> Any:
-    """float32 numpy of a tensor or array; what a front end without torch can send."""
-    if hasattr(tensor, "detach"):
-        return tensor.detach().float().cpu().numpy()
-    return tensor
 
 
 def _close_at_exit(engine: Engine) -> None:
