@@ -16,7 +16,8 @@ _HOMES = {
     "Job": "dualparal.runtime.job",
     "JobResult": "dualparal.runtime.job",
     **dict.fromkeys(
-        ("Event", "Queued", "Started", "Progress", "BlockReady", "Finished", "Failed", "Cancelled"), "dualparal.events"
+        ("Event", "Queued", "Started", "Progress", "BlockReady", "Interrupted", "Finished", "Failed", "Cancelled"),
+        "dualparal.events",
     ),
     **dict.fromkeys(
         ("DualParalError", "RequestError", "PresetError", "CheckpointError", "EngineError", "QueueFull", "WorkerDied",
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerFailed,
     )
-    from dualparal.events import BlockReady, Cancelled, Event, Failed, Finished, Progress, Queued, Started
+    from dualparal.events import BlockReady, Cancelled, Event, Failed, Finished, Interrupted, Progress, Queued, Started
     from dualparal.request import GenerationRequest
     from dualparal.runtime.engine import Engine
     from dualparal.runtime.job import Job, JobResult

@@ -65,6 +65,15 @@ class BlockReady(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interrupted(Event):
+    """Cut off (`kind` and `message` as in `Failed`), but not ended: it is queued again and goes on from its last saved sweep.
+    Blocks already told of are not told of again."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished(Event):
     """All done. `timings` in seconds: text_s, denoise_s, decode_s, encode_s, total_s, first_frames_s (from submit)."""
 
@@ -93,7 +102,7 @@ class Cancelled(Event):
 
 
 FINAL = (Finished, Failed, Cancelled)
-_BY_NAME = {cls.__name__: cls for cls in (Queued, Started, Progress, BlockReady, Finished, Failed, Cancelled)}
+_BY_NAME = {cls.__name__: cls for cls in (Queued, Started, Progress, BlockReady, Interrupted, Finished, Failed, Cancelled)}
 
 
 def event_from_json(record: dict[str, Any]) -> Event:

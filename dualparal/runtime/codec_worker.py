@@ -25,6 +25,7 @@ from dualparal.model.checkpoint import DTYPES
 from dualparal.model.layout import Checkpoint
 from dualparal.model.text import TextEncoder
 from dualparal.model.vae import StreamingDecoder, to_uint8
+from dualparal.runtime.logs import working_on
 from dualparal.runtime.messages import (
     CloseVideo,
     DecodeBlock,
@@ -114,6 +115,9 @@ class Codec:
 
     def _serve_video(self, message: OpenVideo | DecodeBlock | CloseVideo) -> None:
         job_id = message.job.job_id if isinstance(message, OpenVideo) else message.job_id
+        if isinstance(message, OpenVideo):  # perhaps of a job that failed here and was resumed
+            self._failed_job = ""
+            working_on(job_id)
         if job_id == self._failed_job:
             return
         try:
@@ -174,8 +178,7 @@ class OpenedVideo:
             Span("encode", decoded_s, encoded_s, message.block, 0),
         )
         self._uplink.send(Spans(self.job.job_id, spans))
-        if is_known:
-            return  # told by the run before
+        # Told again even if the run before has told it: that run may have died between the disk and the message.
         self._uplink.send(
             BlockReady(
                 job_id=self.job.job_id, block=message.block, path=str(segment.path), first_frame=segment.first_frame,

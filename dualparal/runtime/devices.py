@@ -19,20 +19,24 @@ def count_gpus() -> int:
     return len(list(driver.iterdir())) if driver.is_dir() else 0
 
 
-def place(device: str, ranks: int) -> tuple[tuple[str, ...], str]:
-    """(device of each rank, device of the codec) for `device` "auto", "cpu" or "cuda".
+def place(device: str, ranks: int, replica: int = 0, replicas: int = 1) -> tuple[tuple[str, ...], str]:
+    """(device of each rank, device of the codec) for `device` "auto", "cpu" or "cuda", of one of several replicas.
 
-    On GPUs rank r takes card r, and the codec a spare card or else the last rank's. Raises `RequestError` when there are
-    fewer cards than ranks (NCCL refuses two ranks on one card).
+    On GPUs each replica has cards of its own, rank r the r-th of them, and its codec a card that is left over or else the
+    last rank's. Raises `RequestError` when there are fewer cards than ranks (NCCL refuses two ranks on one card).
     """
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(f"device={device!r} is not known; use auto, cpu or cuda", "device")
-    num_gpus = count_gpus()
+    num_gpus, needed = count_gpus(), ranks * replicas
     if device == "cpu" or (device == "auto" and num_gpus == 0):
         return ("cpu",) * ranks, "cpu"
-    if num_gpus < ranks:
-        raise RequestError(f"ranks={ranks} needs {ranks} GPUs, {num_gpus} are visible; use fewer ranks or device cpu", "ranks")
-    return tuple(f"cuda:{rank}" for rank in range(ranks)), f"cuda:{min(ranks, num_gpus - 1)}"
+    if num_gpus < needed:
+        asked = f"ranks={ranks}" + (f" with replicas={replicas}" if replicas > 1 else "")
+        raise RequestError(f"{asked} needs {needed} GPUs, {num_gpus} are visible; use fewer ranks or device cpu", "ranks")
+    first = ranks * replica
+    spare = needed + replica
+    codec = spare if spare < num_gpus else first + ranks - 1
+    return tuple(f"cuda:{first + rank}" for rank in range(ranks)), f"cuda:{codec}"
 
 
 def bytes_per_device(device: str) -> int | None:

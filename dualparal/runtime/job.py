@@ -5,6 +5,7 @@ Lives in the front end; the engine's supervisor thread feeds it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import threading
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dualparal.errors import EngineError, JobCancelled, error_from_wire
-from dualparal.events import FINAL, BlockReady, Cancelled, Event, Failed, Finished, Progress, Queued, Started
+from dualparal.errors import JobCancelled, error_from_wire
+from dualparal.events import FINAL, BlockReady, Cancelled, Event, Failed, Finished, Interrupted, Progress, Queued, Started
 from dualparal.request import GenerationRequest
+from dualparal.runtime.claim import Claim
 from dualparal.runtime.journal import JobFolder, write_atomically
 from dualparal.runtime.messages import RunJob, Span
 from dualparal.runtime.trace import chrome_trace
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 BUSY_WINDOW_S = 5.0
+MAX_SPANS = 50_000  # of a job's timeline, the newest: a minute of video on eight ranks has 26,000
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,25 @@ class JobView:
 class Job:
     """A submitted request. All methods may be called from any thread."""
 
-    def __init__(self, run: RunJob, folder: JobFolder, owner: str, cancel: Callable[[Job], None]) -> None:
+    def __init__(
+        self,
+        run: RunJob,
+        folder: JobFolder,
+        owner: str,
+        cancel: Callable[[Job], None],
+        *,
+        on_end: Callable[[Job], None] = lambda _: None,
+        claim: Claim | None = None,
+    ) -> None:
+        """`claim` is given back at the end, before anybody is told of it; `on_end` is called after that, once."""
         self.id = run.job_id
         self.request: GenerationRequest = run.request
         self.owner = owner
         self.folder = folder
         self.run = run
-        self._cancel = cancel
+        self.is_stopping = False  # asked to stop while it ran
+        self.num_interruptions = 0
+        self._cancel, self._on_end, self._claim = cancel, on_end, claim
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._queued: Queued | None = None
@@ -147,8 +162,10 @@ class Job:
     def emit(self, event: Event, *, is_stored: bool = True) -> None:
         """Record an event and wake whoever waits; a job that has ended takes no more."""
         with self._changed:
-            if self._final is not None:
+            if self._final is not None or not self._is_news(event):
                 return
+            if is_stored:
+                self._store(event)
             match event:
                 case Queued():
                     self._queued = event
@@ -156,18 +173,36 @@ class Job:
                     self._started = event
                 case BlockReady():
                     self._blocks.append(event)
-                    if self._first_frames_s is None:
+                    if self._first_frames_s is None and is_stored:
                         self._first_frames_s = self.seconds_since_submit()
+                case Interrupted():
+                    self._started = self._progress = None
                 case Finished() | Failed() | Cancelled():
+                    if self._claim is not None:
+                        self._claim.release()
                     self._final = event
             if isinstance(event, Progress):
                 self._progress = event
                 self._num_progress += 1
             else:
                 self._events.append(event)
-            if is_stored:
-                self._store(event)
             self._changed.notify_all()
+        if isinstance(event, FINAL):
+            self._on_end(self)
+
+    def _is_news(self, event: Event) -> bool:
+        """A resumed job comes by the blocks it has again, and most jobs keep their place when the queue moves."""
+        if isinstance(event, BlockReady):
+            return event.block >= len(self._blocks)
+        if isinstance(event, Queued) and self._queued is not None and self._started is None:
+            return event.position != self._queued.position or isinstance(self._events[-1], Interrupted)
+        return True
+
+    def interrupt(self, error: Exception) -> None:
+        """Note that the job was cut off and will go on from its last saved sweep."""
+        self.num_interruptions += 1
+        self.run = dataclasses.replace(self.run, is_resumed=True)
+        self.emit(Interrupted(job_id=self.id, kind=type(error).__name__, message=str(error)))
 
     def add_spans(self, spans: tuple[Span, ...]) -> None:
         """Note when stages worked; times become seconds since submit."""
@@ -175,6 +210,8 @@ class Job:
         moved = [Span(s.stage, s.start_s - start_s, s.end_s - start_s, s.block, s.step) for s in spans]
         with self._changed:
             self._spans += moved
+            if len(self._spans) > MAX_SPANS:
+                del self._spans[: len(self._spans) - MAX_SPANS // 2]
 
     def busy(self, ranks: int) -> tuple[float, ...]:
         """Share of the last seconds in which each stage computed, 0-1."""
@@ -204,7 +241,7 @@ class Job:
     def has_ended(self) -> bool:
         return self._final is not None
 
-    def fail(self, error: EngineError, *, is_stored: bool = True, path: str | None = None, num_frames: int = 0) -> None:
+    def fail(self, error: Exception, *, is_stored: bool = True, path: str | None = None, num_frames: int = 0) -> None:
         """End the job with `error`."""
         self.emit(
             Failed(job_id=self.id, kind=type(error).__name__, message=str(error), path=path, num_frames=num_frames),

@@ -38,6 +38,7 @@ class WorkerOptions:
     threads: int
     timeout_s: float
     verbose: bool = False
+    log_json: bool = False
     worker_hook: str | None = None
     attention: str | None = None  # backend of diffusers' attention dispatcher
     is_compiled: bool = False  # layers through torch.compile
@@ -146,9 +147,10 @@ class StorePort:
 
 @dataclass(frozen=True)
 class Beat:
-    """A worker is alive. Sent by a thread of its own about once a second."""
+    """A worker is alive. Sent by a thread of its own about once a second; with the GPU memory it holds, if it has one."""
 
     name: str
+    device_bytes: int | None = None
 
 
 @dataclass(frozen=True)

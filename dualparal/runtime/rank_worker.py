@@ -29,6 +29,7 @@ from dualparal.model.stage import JobShape, Stage
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.coordinator import Denoiser
 from dualparal.runtime.journal import STATE_FOLDER
+from dualparal.runtime.logs import working_on
 from dualparal.runtime.messages import (
     CancelJob,
     CloseVideo,
@@ -142,19 +143,24 @@ class Coordinator:
                 self._to_codec.close()
                 self._to_codec.join_thread()
                 return
+            working_on(message.job_id)
             try:
                 self._run(message)
             except DualParalError as error:
                 if isinstance(error, WorkerDied):
                     raise
                 self._uplink.send(JobError(message.job_id, *describe_error("rank 0", error)))
+            self._cancelled.discard(message.job_id)
             self._uplink.send(Denoised(message.job_id))
+            working_on(None)
 
     def _take(self, message: object) -> None:
         if isinstance(message, CancelJob):
             self._cancelled.add(message.job_id)
         else:
             assert isinstance(message, RunJob | Shutdown)
+            if isinstance(message, RunJob):  # a stop that came too late for the run before is not for this one
+                self._cancelled.discard(message.job_id)
             self._waiting.append(message)
 
     def _is_stopped(self, job_id: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from dualparal.core.schedule import Item, Schedule, make_schedule
 from dualparal.model.stage import Conditions, JobShape
+from dualparal.runtime.logs import working_on
 from dualparal.runtime.messages import JobSpec, Span
 from dualparal.runtime.transport import Links, pack, unpack
 
@@ -38,11 +39,13 @@ def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span
         spec: JobSpec | None = links.broadcast(None)
         if spec is None:
             return
+        working_on(spec.job_id)
         schedule = make_schedule(spec.rules, spec.plan, spec.experts)
         stage.begin(spec.shape, schedule, spec.conditions)
         spans = SpanLog(f"stage {links.rank}", functools.partial(report, spec.job_id))
         run_stage(stage, links, schedule, spans, start=spec.start)
         stage.end()
+        working_on(None)
 
 
 def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog, *, start: int = 0) -> None:

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from dualparal.errors import DualParalError
+from dualparal.runtime.logs import set_up_logs
 from dualparal.runtime.messages import Beat, WorkerError, WorkerOptions
 
 log = logging.getLogger(__name__)
@@ -49,10 +50,7 @@ def run_worker(name: str, connection: Connection, options: WorkerOptions, serve:
     """Run `serve` as the body of this process. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.WARNING,
-        format=f"%(asctime)s %(levelname)s [{name}] %(name)s: %(message)s", stream=sys.stderr,
-    )  # fmt: skip
+    set_up_logs(options.verbose, options.log_json, worker=name)
     uplink = Uplink(name, connection)
     threading.Thread(target=_watch_front_end, daemon=True, name="watch").start()
     threading.Thread(target=_beat, args=(uplink,), daemon=True, name="beat").start()
@@ -105,7 +103,16 @@ def _watch_front_end() -> None:
 def _beat(uplink: Uplink) -> None:
     pause = threading.Event()
     while not pause.wait(BEAT_INTERVAL_S):
-        uplink.send(Beat(uplink.name))
+        uplink.send(Beat(uplink.name, _device_bytes()))
+
+
+def _device_bytes() -> int | None:
+    """What torch has reserved on this process's GPU; None without one. Starts no CUDA by itself."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not hasattr(cuda, "is_initialized") or not cuda.is_initialized():
+        return None
+    return int(cuda.memory_reserved())
 
 
 def _leave(code: int) -> None:

@@ -1,0 +1,73 @@
+"""Who works on a job: a lock on its `request.json`, held by the front end that runs it and gone with that process.
+
+So two programs on one outputs folder never run the same job, and anybody can tell a job that runs from one that was cut off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+
+from dualparal.errors import RequestError
+from dualparal.runtime.journal import JobFolder
+
+log = logging.getLogger(__name__)
+NUM_TRIES = 5  # somebody who only looks holds the lock for a moment
+PAUSE_S = 0.02
+
+
+class Claim:
+    """The right to work on a job, until `release` or the end of this process."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give it back; may be called twice."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def claim(folder: JobFolder) -> Claim:
+    """Take the job; raises `RequestError` when another program (or engine) works on it."""
+    for left in reversed(range(NUM_TRIES)):
+        descriptor = _open(folder)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return Claim(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            if left:
+                time.sleep(PAUSE_S)
+        except OSError as error:  # a file system without locks: go on without
+            os.close(descriptor)
+            log.info("job %s is not locked: %s", folder.job_id, error)
+            return Claim(None)
+    raise RequestError(f"job {folder.job_id} is being worked on; wait for it or stop it first", "job_id")
+
+
+def is_claimed(folder: JobFolder) -> bool:
+    """Whether somebody works on the job or has it in a queue now."""
+    try:
+        descriptor = _open(folder)
+    except RequestError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _open(folder: JobFolder) -> int:
+    try:
+        return os.open(folder.path / "request.json", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise RequestError(f"job {folder.job_id} has no readable request.json: {error.strerror}", "job_id") from None

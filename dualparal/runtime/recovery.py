@@ -1,0 +1,62 @@
+"""What a crash or a restart of the program left behind: which jobs were cut off, and what of them is there already."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from dualparal.errors import DualParalError
+from dualparal.events import BlockReady, Failed, Interrupted, Queued, Started
+from dualparal.runtime.claim import is_claimed
+from dualparal.runtime.journal import JobFolder, list_jobs
+
+log = logging.getLogger(__name__)
+MAX_INTERRUPTIONS = 5  # a job that was running whenever the program died may be why it died
+
+
+def cut_off(outputs: Path) -> Iterator[JobFolder]:
+    """Jobs that have not ended and that nobody works on, the oldest first; those that cannot go on are ended here."""
+    for folder in reversed(list(list_jobs(outputs))):
+        if folder.final_event() is not None or is_claimed(folder):
+            continue
+        try:
+            reason = _note(folder)
+        except DualParalError as error:
+            log.warning("job %s cannot be recovered: %s", folder.job_id, error, extra={"job_id": folder.job_id})
+            continue
+        if reason is None:
+            yield folder
+        else:
+            log.warning("job %s is given up: %s", folder.job_id, reason, extra={"job_id": folder.job_id})
+
+
+def _note(folder: JobFolder) -> str | None:
+    """Write down that a running job was cut off; the reason when it will not go on, and then it is ended with it."""
+    reason = None
+    events = folder.events()
+    if folder.record().get("has_tensors"):
+        reason = "the program was ended before the job was done, and the tensors it was given are not kept; submit it again"
+    last = next((event for event in reversed(events) if isinstance(event, (Started, Queued, Interrupted))), None)
+    if isinstance(last, Started):
+        folder.append(
+            Interrupted(job_id=folder.job_id, kind="EngineError", message="the program was ended while the job ran")
+        )
+        if sum(isinstance(event, Interrupted) for event in events) >= MAX_INTERRUPTIONS:
+            reason = f"the job was cut off {MAX_INTERRUPTIONS + 1} times; resume it by hand to try again"
+    if reason is not None:
+        folder.append(Failed(job_id=folder.job_id, kind="EngineError", message=reason))
+    return reason
+
+
+def told_blocks(folder: JobFolder) -> list[BlockReady]:
+    """The finished blocks that the journal tells of and that are on disk, in order and without a gap."""
+    known = {event.block: event for event in folder.events() if isinstance(event, BlockReady)}
+    found: list[BlockReady] = []
+    for block in sorted(known):
+        path = folder.path / Path(known[block].path).name  # the folder may have moved
+        if block != len(found) or not path.is_file():
+            break
+        found.append(dataclasses.replace(known[block], path=str(path)))
+    return found

@@ -1,0 +1,118 @@
+"""Room on the disk: what a video will need, whether it is there, and a limit kept by deleting the oldest ended jobs.
+
+Only whole job folders go, only those of jobs that have ended in the journal; what waits, runs or was cut off stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Collection
+from pathlib import Path
+
+from dualparal.errors import OutputError
+from dualparal.request import GenerationRequest, frames_of_latents
+from dualparal.runtime.claim import is_claimed
+from dualparal.runtime.journal import JobFolder, list_jobs
+
+log = logging.getLogger(__name__)
+BYTES_PER_PIXEL = 0.3  # of H.264 at the writer's quality; seen: 0.02-0.1 for pictures, 0.3 for noise
+RESERVE_BYTES = 32 * 2**20  # saved sweeps, journal, and a margin
+
+
+def bytes_needed(request: GenerationRequest) -> int:
+    """What a resolved request may write: each frame twice (its segment and the mp4), finished latents, a reserve."""
+    assert request.latents_num and request.height and request.width
+    pixels = request.height * request.width
+    latents = request.latents_num * 16 * (pixels // 64) * 4
+    return int(2 * BYTES_PER_PIXEL * frames_of_latents(request.latents_num) * pixels) + latents + RESERVE_BYTES
+
+
+class Storage:
+    """The outputs folder as something that can be full. Thread-safe."""
+
+    def __init__(self, outputs: Path, max_bytes: int | None = None) -> None:
+        """`max_bytes`: the most that all jobs together may take, None for whatever the disk holds."""
+        self._outputs, self._max_bytes = outputs, max_bytes
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}  # of ended jobs, which change no more
+
+    def check_free(self, request: GenerationRequest) -> None:
+        """Raise `OutputError` with the numbers when the disk has no room for `request`."""
+        there = next((folder for folder in (self._outputs, *self._outputs.parents) if folder.is_dir()), None)
+        if there is None:
+            return
+        needed, free = bytes_needed(request), shutil.disk_usage(there).free
+        if free < needed:
+            raise OutputError(
+                f"{self._outputs} has {_mb(free)} free and this video may need {_mb(needed)}; delete old videos or name "
+                "another folder with DUALPARAL_OUTPUTS"
+            )
+
+    def make_room(self, request: GenerationRequest, open_jobs: Collection[str] = ()) -> list[str]:
+        """Delete the oldest ended jobs until `request` fits under the limit, then check the disk; returns their ids.
+
+        `open_jobs` stay whatever the journal says. Raises `OutputError` when that is not enough.
+        """
+        deleted: list[str] = []
+        if self._max_bytes is not None:
+            with self._lock:
+                deleted = self._shrink(self._max_bytes - bytes_needed(request), set(open_jobs))
+        self.check_free(request)
+        return deleted
+
+    def _shrink(self, target: int, open_jobs: set[str]) -> list[str]:
+        assert self._max_bytes is not None
+        folders = list(list_jobs(self._outputs))
+        sizes = {folder.job_id: self._size(folder, open_jobs) for folder in folders}
+        used, deleted = sum(sizes.values()), []
+        for folder in reversed(folders):
+            if used <= target:
+                break
+            if folder.job_id in open_jobs or folder.final_event() is None or is_claimed(folder):
+                continue
+            try:
+                folder.delete()
+            except OutputError as error:
+                log.warning("%s", error)
+                continue
+            used -= sizes[folder.job_id]
+            self._sizes.pop(folder.job_id, None)
+            deleted.append(folder.job_id)
+            log.info("job %s was deleted to make room", folder.job_id, extra={"job_id": folder.job_id})
+        if used > target:
+            raise OutputError(
+                f"the videos kept here may take {_mb(self._max_bytes)} together; {_mb(used)} are in use by jobs that have not "
+                f"ended, and this video may need {_mb(self._max_bytes - target)}: try again later or ask for a shorter one"
+            )
+        return deleted
+
+    def _size(self, folder: JobFolder, open_jobs: set[str]) -> int:
+        known = self._sizes.get(folder.job_id)
+        if known is not None:
+            return known
+        size = folder_bytes(folder.path)
+        if folder.job_id not in open_jobs and folder.final_event() is not None:
+            self._sizes[folder.job_id] = size
+        return size
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes that the files under `folder` take on the disk; links are not followed."""
+    total = 0
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    total += folder_bytes(Path(entry.path))
+                else:
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+    except OSError:  # deleted meanwhile
+        pass
+    return total
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
