@@ -29,8 +29,8 @@ from dualparal.model.stage import Stage
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_the_table_lists_the_real_modules_keys(num_layers: int, cross_attn_norm: bool) -> None:
     config = {"num_layers": num_layers, "cross_attn_norm": cross_attn_norm}
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 5, "text_dim": 7, "freq_dim": 8,
-             "ffn_dim": 16, "patch_size": (1, 2, 4)}  # fmt: skip
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 5, "text_dim": 7,
+             "freq_dim": 8, "ffn_dim": 16, "patch_size": (1, 2, 4)}  # fmt: skip
     with torch.device("meta"):
         model = WanTransformer3DModel(**config, **sizes)
     assert set(transformer_owners(config)) == set(model.state_dict())
@@ -123,7 +123,7 @@ def test_even_splits() -> None:
     ("ranks", "layer_split"), [(0, None), (5, None), (-1, None), (2, (4,)), (2, (4, 0)), (2, (1, 2)), (2, (5, -1)), (1, ())]
 )
 def test_impossible_splits(tiny: Path, ranks: int, layer_split: tuple[int, ...] | None) -> None:
-    with pytest.raises(RequestError, match="ranks=|layer_split="):
+    with pytest.raises(RequestError, match=r"ranks=|layer_split="):
         Engine(tiny, ranks=ranks, layer_split=layer_split, device="cpu")
 
 
@@ -256,7 +256,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config of another ffn": (edit_json(CONFIG, ffn_dim=64), "shape"),
     "transformer of another class": (edit_json(CONFIG, _class_name="FluxTransformer2DModel"), "FluxTransformer2DModel"),
     "vae of another class": (edit_json("vae/config.json", _class_name="AutoencoderKL"), "AutoencoderKL;"),
-    "text encoder of another class": (edit_json("text_encoder/config.json", architectures=["T5EncoderModel"]), "T5EncoderModel"),
+    "text encoder of another class": (edit_json("text_encoder/config.json", architectures=["T5Model"]), "T5Model"),
     "another scheduler": (edit_json("scheduler/scheduler_config.json", _class_name="DDIMScheduler"), "DDIMScheduler"),
     "image to video": (edit_json(CONFIG, image_dim=1280, added_kv_proj_dim=24), "image-to-video"),
     "config of another text encoder": (edit_json(CONFIG, text_dim=64), "shape|text_dim"),
@@ -285,7 +285,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a header of numbers": (forge_header(DIT, {"a": 1}), "header"),
     "a header of null": (forge_header(DIT, {"a": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}}), "header"),
     "a header without offsets": (forge_header(DIT, {"a": {"dtype": "F32", "shape": [1]}}), "header"),
-    "a header with bad offsets": (forge_header(DIT, {"a": {"dtype": "F32", "shape": [1], "data_offsets": ["a", "b"]}}), "header"),
+    "a header with bad offsets": (forge_header(DIT, {"a": {"dtype": "F32", "shape": [1], "data_offsets": ["a"]}}), "header"),
     "a header with no offsets": (forge_header(DIT, {"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}), "header"),
     "pickled weights": (only_pickled, r"\.bin"),
     "a pickled text encoder": (text_encoder_pickled, r"\.bin"),
@@ -325,7 +325,7 @@ def point_outside(where: str) -> Callable[[Path], None]:
 
 BAD_SHARDED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard is missing": (lambda f: sorted((f / "transformer").glob("*.safetensors"))[3].unlink(), "cannot be read"),
-    "a shard is cut": (lambda f: cut_last_byte(sorted((f / "transformer").glob("*.safetensors"))[2].relative_to(f))(f), "cut off"),
+    "a shard is cut": (lambda f: cut_last_byte(str(sorted((f / "transformer").glob("*.safetensors"))[2]))(f), "cut off"),
     "no index": (remove(INDEX), "index"),
     "index without a map": (write(INDEX, b"{}"), "weight_map"),
     "index with an empty map": (write(INDEX, b'{"weight_map": {}}'), "lacks|weight_map"),
