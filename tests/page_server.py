@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import time
 import warnings
@@ -45,10 +47,7 @@ class Server:
         self.page.close(verbose=False)
         self.engine.close()
         del self.page, self.client
-        # gradio and its client leave event loops and sockets to the collector; let it find them here, not in another test
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
+        tidy_up()
 
     def wait(self, job_id: str, done: Callable[[dict[str, Any]], bool], **more: Any) -> dict[str, Any]:
         until = time.monotonic() + DEADLINE_S
@@ -58,3 +57,15 @@ class Server:
                 return status
             time.sleep(0.1)
         raise AssertionError(f"job {job_id} did not get there: {status}")
+
+
+def tidy_up() -> None:
+    """Close the event loops and sockets that gradio and its client leave to the collector, before another test pays for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(RuntimeError):  # there is none
+            loop = asyncio.get_event_loop_policy().get_event_loop()  # gradio makes one per Blocks and sets it, unused
+            if not loop.is_running():
+                loop.close()
+                asyncio.set_event_loop(None)
+        gc.collect()

@@ -21,7 +21,7 @@ from dualparal.media.metadata import describe, read_settings
 from tests.browser.test_page import ARTEFACTS, PLAYER, ask, browser, job_of, shoot, wait_state  # noqa: F401
 from tests.page_server import GRADIO_WARNINGS
 
-pytestmark = GRADIO_WARNINGS
+pytestmark = [*GRADIO_WARNINGS, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 START_S = 180
 PRESET = """

@@ -287,6 +287,7 @@ def test_events_of_the_page_cannot_be_called_by_name_or_past_the_queue(server: S
         assert answer.status_code >= 400 and "Traceback" not in answer.text
 
 
+@pytest.mark.slow
 def test_the_front_end_never_imports_torch(tmp_path: Path) -> None:
     """Everything that the server's process imports, a page built and a job run included; and it is quick."""
     script = f"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -255,8 +256,6 @@ def test_an_unwritable_folder_is_told(studio: Studio, monkeypatch: pytest.Monkey
 
 
 def test_live_video_writes_no_stub_and_streams_bytes_untouched(studio: Studio) -> None:
-    import asyncio
-
     block = made(studio).blocks[0]
     video = LiveVideo(streaming=True, render=False)
     chunk, where = asyncio.run(video.stream_output(block, "a/b/playlist.m3u8", True))
