@@ -1,4 +1,4 @@
-"""The command line: generate, serve, resume, plan, presets, info, tiny, bench.
+"""The command line: generate, serve, resume, jobs, plan, presets, info, tiny, bench.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage (also a value a model cannot take), 130 stopped. The authors' flag names all work,
 with diffusers' names beside them; underscores and dashes are the same.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import logging
 import shutil
 import signal
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dualparal import __version__
+from dualparal.cli_jobs import add_jobs_command
 from dualparal.cli_plan import add_plan_command
 from dualparal.cli_progress import follow
 from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetError, RequestError
@@ -26,6 +26,7 @@ from dualparal.presets import find_preset, load_presets
 from dualparal.request import CONTEXTS, SCHEDULES, GenerationRequest
 from dualparal.runtime.engine_options import layer_counts
 from dualparal.runtime.journal import check_job_id, find_job, list_jobs, new_job_id, outputs_folder
+from dualparal.runtime.logs import set_up_logs
 
 STOPPED = 130
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module, _, function = handed_on[arguments[0]].partition(":")
             return int(getattr(importlib.import_module(module), function)(arguments[1:]) or 0)
         options = _parser().parse_args([_with_underscores(argument) for argument in arguments])
-        logging.basicConfig(level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING, stream=sys.stderr)
+        set_up_logs(getattr(options, "verbose", False), getattr(options, "log_json", False))
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
     except (RequestError, PresetError) as error:
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_flags(resume)
     resume.set_defaults(run=_resume)
 
+    add_jobs_command(commands)
     commands.add_parser("serve", help="the page and the API (see serve --help)", add_help=False)
     commands.add_parser("bench", help="measure quality or speed (see bench --help)", add_help=False)
 
@@ -158,6 +160,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--outputs", type=Path, metavar="FOLDER", help="where jobs are kept (default: DUALPARAL_OUTPUTS or outputs)"
     )
     engine.add_argument("--verbose", action="store_true", help="log what every process does")
+    engine.add_argument("--log_json", action="store_true", help="log one JSON object a line, with worker and job id")
 
 
 def make_engine(options: argparse.Namespace) -> Any:

@@ -63,12 +63,12 @@ class FakeGroup:
     def receive(self, timeout_s: float, also: list[Any]) -> tuple[list[Any], list[str], bool]:
         deadline_s = time.monotonic() + min(timeout_s, 0.3)
         while time.monotonic() < deadline_s:
-            found = []
+            found, dead = [], self._dead  # looked at first: a dead worker's last messages come before its name
             while not self._out.empty():
                 found.append(self._out.get())
             is_woken = bool(also) and also[0].poll()
-            if found or is_woken or self._dead:
-                return found, [self._dead] if self._dead else [], is_woken
+            if found or is_woken or dead:
+                return found, [dead] if dead else [], is_woken
             time.sleep(0.002)
         return [], [], False
 
@@ -143,8 +143,8 @@ def fake_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notebook]:
     group = type("FakeGroup", (FakeGroup,), {"notebook": notebook})
     monkeypatch.setattr(replica, "WorkerGroup", group)
     monkeypatch.setattr(replica, "PAUSE_AFTER_FAILED_START_S", 0.01)
-    monkeypatch.setattr("dualparal.runtime.ending.join_finished", lambda job: _joined(job))
-    monkeypatch.setattr("dualparal.runtime.dispatcher.join_finished", lambda job: _joined(job))
+    monkeypatch.setattr("dualparal.runtime.ending.join_finished", _joined)
+    monkeypatch.setattr("dualparal.runtime.dispatcher.join_finished", _joined)
     yield notebook
     notebook.let_go.set()
 

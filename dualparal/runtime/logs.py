@@ -17,10 +17,11 @@ _working_on: str | None = None
 
 
 def set_up_logs(verbose: bool = False, as_json: bool = False, *, worker: str = "front end") -> None:
-    """Send this process's logs to standard error; `worker` names the process in every line."""
+    """Send this process's logs to standard error; `worker` names the process in every line. Does nothing
+    where somebody else has set up logs already."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(worker) if as_json else PlainLines(worker))
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 def working_on(job_id: str | None) -> None:

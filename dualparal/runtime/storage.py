@@ -37,7 +37,7 @@ class Storage:
         """`max_bytes`: the most that all jobs together may take, None for whatever the disk holds."""
         self._outputs, self._max_bytes = outputs, max_bytes
         self._lock = threading.Lock()
-        self._sizes: dict[str, int] = {}  # of ended jobs, which change no more
+        self._sizes: dict[str, tuple[int, int]] = {}  # of ended jobs: they change only when their journal grows
 
     def check_free(self, request: GenerationRequest) -> None:
         """Raise `OutputError` with the numbers when the disk has no room for `request`."""
@@ -66,7 +66,7 @@ class Storage:
     def _shrink(self, target: int, open_jobs: set[str]) -> list[str]:
         assert self._max_bytes is not None
         folders = list(list_jobs(self._outputs))
-        sizes = {folder.job_id: self._size(folder, open_jobs) for folder in folders}
+        sizes = {folder.job_id: self._size(folder) for folder in folders}
         used, deleted = sum(sizes.values()), []
         for folder in reversed(folders):
             if used <= target:
@@ -89,13 +89,17 @@ class Storage:
             )
         return deleted
 
-    def _size(self, folder: JobFolder, open_jobs: set[str]) -> int:
+    def _size(self, folder: JobFolder) -> int:
+        try:
+            journal = (folder.path / "events.jsonl").stat().st_size
+        except OSError:
+            journal = -1
         known = self._sizes.get(folder.job_id)
-        if known is not None:
-            return known
+        if known is not None and known[0] == journal:
+            return known[1]
         size = folder_bytes(folder.path)
-        if folder.job_id not in open_jobs and folder.final_event() is not None:
-            self._sizes[folder.job_id] = size
+        if folder.final_event() is not None:
+            self._sizes[folder.job_id] = journal, size
         return size
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from dualparal.errors import DualParalError, EngineError, JobCancelled, OutputError, QueueFull, RequestError, WorkerDied
-from dualparal.events import Cancelled, Failed, Finished, Interrupted, Queued, Started
+from dualparal.events import BlockReady, Cancelled, Failed, Finished, Interrupted, Queued, Started, event_from_json
 from dualparal.request import GenerationRequest
-from dualparal.runtime import dispatcher, recovery, replica
+from dualparal.runtime import dispatcher, recovery
 from dualparal.runtime.claim import claim, is_claimed
 from dualparal.runtime.engine import Engine
 from dualparal.runtime.job import Job
 from dualparal.runtime.journal import JobFolder
+from dualparal.runtime.messages import Span
 from dualparal.runtime.registry import list_facts
 from tests.fake_group import NUM_BLOCKS, Notebook, fake_groups
 
@@ -26,7 +27,8 @@ SECONDS = 10.0
 
 
 def wants(prompt: str) -> GenerationRequest:
-    return GenerationRequest(prompt=prompt, latents_num=4, num_per_block=2, num_cat=1, num_inference_steps=2, height=32, width=32)
+    size = {"latents_num": 4, "num_per_block": 2, "num_cat": 1, "num_inference_steps": 2, "height": 32, "width": 32}
+    return GenerationRequest(prompt=prompt, **size)
 
 
 @pytest.fixture
@@ -285,10 +287,7 @@ def test_ended_jobs_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_timeline_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualparal.runtime import job as job_module
-    from dualparal.runtime.messages import Span
-
-    monkeypatch.setattr(job_module, "MAX_SPANS", 100)
+    monkeypatch.setattr("dualparal.runtime.job.MAX_SPANS", 100)
     engine = make()
     job = engine._go_on(_left_behind(engine, "abcdef"))
     for number in range(500):
@@ -332,10 +331,6 @@ def test_replicas_must_be_a_count(tiny: Path) -> None:
             Engine(tiny, device="cpu", replicas=wrong)  # type: ignore[arg-type]
 
 
-def test_silence_is_not_measured_in_the_wrong_module() -> None:
-    assert replica.SILENCE_S > 10
-
-
 def _left_behind(engine: Engine, job_id: str, **about: Any) -> JobFolder:
     """A job as a killed program leaves it."""
     record = {"model": str(engine.checkpoint.folder), "dtype": engine.dtype, "threads": 1, **about}
@@ -344,16 +339,11 @@ def _left_behind(engine: Engine, job_id: str, **about: Any) -> JobFolder:
     return folder
 
 
-def _ready(block: int) -> Any:
-    from dualparal.events import BlockReady
-
-    return BlockReady(
-        job_id="abcdef", block=block, path=f"/old/place/block_{block:04d}.ts", first_frame=4 * block, num_frames=4, duration_s=1.0
-    )
+def _ready(block: int) -> BlockReady:
+    path = f"/old/place/block_{block:04d}.ts"
+    return BlockReady(job_id="abcdef", block=block, path=path, first_frame=4 * block, num_frames=4, duration_s=1.0)
 
 
 def test_interrupted_is_an_event_like_others() -> None:
-    from dualparal.events import event_from_json
-
     event = Interrupted(job_id="abcdef", kind="WorkerDied", message="rank 1 ended")
     assert event_from_json(event.to_json()) == event
