@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -126,7 +127,7 @@ class FakeEngine:
     ) -> None:  # fmt: skip
         self.preset, self.ranks, self.outputs, self.max_queue = preset, ranks, outputs_folder(outputs), max_queue
         self.item_s, self.load_s, self.num_experts = item_s, load_s, num_experts
-        self.state, self.error = "starting", None
+        self.state, self.error, self.has_bytes = "starting", None, 10**9
         self._queue: list[FakeJob] = []
         self._running: FakeJob | None = None
         self._all: dict[str, FakeJob] = {}
@@ -147,6 +148,12 @@ class FakeEngine:
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         return request.resolve(self.preset, num_experts=self.num_experts, boundary_ratio=0.875)
+
+    def plan(self, request: GenerationRequest, *, is_short: bool = False) -> SimpleNamespace:
+        """Bytes grow with the picture; more than `has_bytes` is refused."""
+        need = 1000 * (request.height or 0) * (request.width or 0)
+        refusal = f"this needs {need / 1e6:.1f} MB and there are {self.has_bytes / 1e6:.1f} MB"
+        return SimpleNamespace(bytes_per_rank=need, refusal=refusal if need > self.has_bytes else None)
 
     def submit(self, request: GenerationRequest, *, owner: str = "", **_: object) -> FakeJob:
         request = self.resolve(request)

@@ -16,7 +16,6 @@ from dualparal.errors import DualParalError
 from dualparal.events import Finished, Started
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.journal import JobFolder, list_jobs
-from dualparal.ui.memory import memory_need
 
 if TYPE_CHECKING:
     from dualparal.runtime.engine import Engine
@@ -57,10 +56,9 @@ def work_of(request: GenerationRequest) -> float:
 class Estimator:
     """Learns from the jobs in the engine's output folder; cheap to ask, looks at the disk at most every few seconds."""
 
-    def __init__(self, engine: Engine, device: str = "cpu") -> None:
-        self._engine, self._device = engine, device
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         checkpoint = getattr(engine, "checkpoint", None)
-        self._has_sizes = checkpoint is not None
         self._model = str(checkpoint.folder) if checkpoint else engine.preset.model
         self._seconds_per_work: float | None = None
         self._learnt_at = -RELEARN_AFTER_S
@@ -71,11 +69,11 @@ class Estimator:
         rate = self.seconds_per_work()
         num_blocks = num_blocks_of(request)
         num_frames = frames_of_latents(request.latents_num)
-        need = memory_need(self._engine, request, self._device) if self._has_sizes else None
+        plan = self._engine.plan(request, is_short=True)
         return Estimate(
             num_frames=num_frames, seconds=num_frames / request.fps, num_blocks=num_blocks,
             num_items=num_blocks * request.num_inference_steps, time_s=None if rate is None else rate * work_of(request),
-            bytes_per_rank=need.bytes_per_rank if need else None, refusal=need.refusal if need else None,
+            bytes_per_rank=plan.bytes_per_rank, refusal=plan.refusal,
         )  # fmt: skip
 
     def seconds_per_work(self) -> float | None:

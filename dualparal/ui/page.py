@@ -30,7 +30,7 @@ DEFAULT_EXAMPLES = (
 )
 # Buttons inside our HTML carry data-do and data-id; each kind becomes an event of that component.
 BUTTONS_JS = """
-const kinds = ['show', 'halt', 'turn', 'reuse', 'remove'];
+const kinds = ['show', 'halt', 'turn', 'reuse', 'remove', 'resume'];
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-do]');
   if (!button || button.disabled) return;
@@ -103,7 +103,7 @@ class Page:
                     prompts = self.studio.engine.preset.examples[:4] or DEFAULT_EXAMPLES
                     self.examples = [(gr.Button(f"▸ {prompt}", elem_classes="example"), prompt) for prompt in prompts]
                 self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=(HERE / "strip.js").read_text())
-                self.result = gr.HTML(apply_default_css=False, elem_id="result")
+                self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
                 self.queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=BUTTONS_JS)
         self.gallery = gr.HTML(apply_default_css=False, elem_id="gallery", js_on_load=BUTTONS_JS)
 
@@ -134,6 +134,7 @@ class Page:
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
         self.queue.halt(self._stop_this, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.gallery.show(self._watch_this, [browser], self.job_id, **QUIET), is_new=False)
+        self._then_follow(self.result.resume(self._resume, [browser], self.job_id, **QUIET))
         self.gallery.reuse(self._reuse, [browser], inputs, **QUIET)
         self.gallery.remove(self._delete, [browser, self.gallery_page], [self.gallery, self.gallery_page], **QUIET)
         self.gallery.turn(self._turn, [browser], [self.gallery, self.gallery_page], **QUIET)
@@ -205,6 +206,12 @@ class Page:
     def _watch_this(self, token: str, event: gr.EventData, request: gr.Request) -> str:
         try:
             return self.studio.find(event.id, self._owner(token, request)).job_id
+        except DualParalError as error:
+            raise one_sentence(error) from None
+
+    def _resume(self, token: str, event: gr.EventData, request: gr.Request) -> str:
+        try:
+            return self.studio.resume(event.id, self._owner(token, request)).job_id
         except DualParalError as error:
             raise one_sentence(error) from None
 

@@ -116,8 +116,8 @@ def board(found: Snapshot, studio: Studio) -> str:
     )
 
 
-def result(found: Snapshot, root: str) -> str:
-    """After a job: download, timings, the stages' timeline, the settings as JSON. '' while it runs."""
+def result(found: Snapshot, root: str, can_resume: bool = False) -> str:
+    """After a job: download, go on, timings, the stages' timeline, the settings as JSON. '' while it runs."""
     if not found.is_ended:
         return ""
     request, video = found.request, found.video
@@ -126,6 +126,7 @@ def result(found: Snapshot, root: str) -> str:
         named = _under_own_name(video, found.job_id)
         url, amount = safe(file_url(named, root)), size(video.stat().st_size)
         download = f'<a class="download" href="{url}" download="{named.name}">Download mp4 <span>{amount}</span></a>'
+    go_on = f'<button type="button" data-do="resume" data-id="{safe(found.job_id)}">Resume</button>' if can_resume else ""
     timings = found.timings
     bar = f"<h3>Where the time went</h3>{charts.timings_bar(timings)}" if timings else ""
     plot = charts.timeline(found.spans)
@@ -138,7 +139,7 @@ def result(found: Snapshot, root: str) -> str:
     told = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())
     stored = f'<summary>Settings as JSON</summary><pre tabindex="0">{safe(settings)}</pre>'
     return (
-        f'<section class="result"><div class="result-top"><dl>{told}</dl>{download}</div>{bar}{plot}'
+        f'<section class="result"><div class="result-top"><dl>{told}</dl><span>{go_on}{download}</span></div>{bar}{plot}'
         f'<details class="settings">{stored}</details></section>'
     )
 

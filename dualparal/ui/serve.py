@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from dualparal import __version__
@@ -28,6 +28,7 @@ from dualparal.model.source import POCKET_WEIGHTS
 from dualparal.presets import Limits, Preset, find_preset, load_presets
 from dualparal.runtime.devices import place
 from dualparal.runtime.journal import outputs_folder
+from dualparal.runtime.metrics import metrics_text
 from dualparal.ui.page import HERE, Page, theme
 from dualparal.ui.studio import Studio
 
@@ -50,18 +51,30 @@ TINY_PRESET = Preset(
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = argparse.ArgumentParser(prog="dualparal serve", description="Serve the page and the API.")
-    flags.add_argument("--preset", "--model", dest="model", default=None, help="preset, hub id or folder (default: pocket)")
-    flags.add_argument("--ranks", type=int, default=1, help="stages that the model's layers are split over")
-    flags.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    flags.add_argument("--dtype", default=None, help="dtype of the DiT (default: the preset's)")
-    flags.add_argument("--threads", type=int, default=None, help="CPU threads per rank")
-    flags.add_argument("--host", default=None, help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
-    flags.add_argument("--port", type=int, default=None, help="port (default: GRADIO_SERVER_PORT or the first free from 7860)")
-    flags.add_argument("--auth", default=None, metavar="USER:PASSWORD", help="ask for this login; several with commas")
-    flags.add_argument("--outputs", type=Path, default=None, help="folder of videos (default: DUALPARAL_OUTPUTS or ./outputs)")
-    flags.add_argument("--presets-folder", "--presets", type=Path, default=None, help="a folder of your own presets")
-    flags.add_argument("--max-queue", type=int, default=32, help="most jobs that may wait")
-    flags.add_argument("--root-path", default=None, help="path behind a proxy, such as /studio")
+    add = flags.add_argument
+    add("--preset", "--model", "--model_id", dest="model", help="preset, hub id or folder (default: pocket)")
+    add("--presets_folder", "--presets-folder", "--presets", type=Path, help="a folder of your own presets")
+    add("--outputs", type=Path, help="folder of videos (default: DUALPARAL_OUTPUTS or ./outputs)")
+    page = flags.add_argument_group("the page").add_argument
+    page("--host", help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
+    page("--port", type=int, help="port (default: GRADIO_SERVER_PORT or the first free one from 7860)")
+    page("--auth", metavar="USER:PASSWORD", help="ask for this login; several with commas")
+    page("--root_path", "--root-path", help="path behind a proxy, such as /studio")
+    engine = flags.add_argument_group("the engine").add_argument
+    engine("--ranks", type=int, default=1, metavar="N", help="processes (GPUs) that share the model's layers")
+    engine("--replicas", type=int, default=1, metavar="N", help="independent groups of ranks behind one queue")
+    engine("--device", default="auto", help="auto, cpu or cuda")
+    engine("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
+    engine("--vae_dtype", help="dtype of the VAE (default: the preset's)")
+    engine("--threads", type=int, metavar="N", help="CPU threads per process")
+    engine("--attention", metavar="NAME", help="attention backend of diffusers: native, flash, sage, ...")
+    engine("--compile", action="store_true", help="run layers through torch.compile")
+    engine("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
+    engine("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="file, folder or hub id; repeatable")
+    limits = flags.add_argument_group("the limits").add_argument
+    limits("--max_queue", "--max-queue", type=int, default=32, metavar="N", help="most jobs that may wait")
+    limits("--max_per_owner", "--max-per-owner", type=int, metavar="N", help="most jobs of one visitor at a time")
+    limits("--max_disk_gb", "--max-disk-gb", type=float, metavar="GB", help="delete the oldest videos above this")
     return flags
 
 
@@ -80,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopped.set())
     try:
         engine.start(wait=False)
+        engine.recover()  # what the last run of this server left undone
         device = place(arguments.device, arguments.ranks)[0][0].split(":")[0]
         studio = Studio(engine, load_presets(arguments.presets_folder), device=device)
         page = launch(
@@ -103,9 +117,12 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
         model, preset = default_model()
     else:
         model, preset = arguments.model, find_preset(arguments.model, load_presets(arguments.presets_folder))
+    max_disk_bytes = None if arguments.max_disk_gb is None else int(arguments.max_disk_gb * 1e9)
     return Engine(
-        model, ranks=arguments.ranks, device=arguments.device, dtype=arguments.dtype, threads=arguments.threads,
-        preset=preset, outputs=arguments.outputs, max_queue=arguments.max_queue,
+        model, preset=preset, ranks=arguments.ranks, replicas=arguments.replicas, device=arguments.device,
+        dtype=arguments.dtype, vae_dtype=arguments.vae_dtype, threads=arguments.threads, attention=arguments.attention,
+        compile=arguments.compile, text_encoder=arguments.text_encoder, loras=arguments.lora, outputs=arguments.outputs,
+        max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner, max_disk_bytes=max_disk_bytes, auto_resume=True,
     )  # fmt: skip
 
 
@@ -149,7 +166,7 @@ def launch(
 
 
 def health_routes(studio: Studio) -> list[Route]:
-    """/healthz: this process answers. /readyz: the model is loaded (503 until then)."""
+    """/healthz: this process answers. /readyz: the model is loaded (503 until then). /metrics: for Prometheus."""
 
     async def healthz(_: Request) -> JSONResponse:
         return JSONResponse({"status": "alive"})
@@ -161,7 +178,10 @@ def health_routes(studio: Studio) -> list[Route]:
             about["error"] = studio.engine.error
         return JSONResponse(about, status_code=200 if state == "ready" else 503)
 
-    return [Route("/healthz", healthz), Route("/readyz", readyz)]
+    def metrics(_: Request) -> PlainTextResponse:
+        return PlainTextResponse(metrics_text(studio.engine), media_type="text/plain; version=0.0.4")
+
+    return [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
 
 
 def logins(text: str | None) -> list[tuple[str, str]] | None:

@@ -34,7 +34,7 @@ class Studio:
 
     def __post_init__(self) -> None:
         self.presets = {**self.presets, self.engine.preset.name: self.engine.preset}
-        self.estimator = Estimator(self.engine, self.device)
+        self.estimator = Estimator(self.engine)
 
     @property
     def outputs(self) -> Path:
@@ -96,6 +96,15 @@ class Studio:
         if job is not None and not found.is_ended:
             job.cancel()
         return found
+
+    def can_resume(self, found: Snapshot) -> bool:
+        """Whether the job ended before its last block was made, so that it can go on from its last saved sweep."""
+        return found.state in ("failed", "cancelled", "interrupted") and found.started is not None
+
+    def resume(self, job_id: object, owner: str = "") -> Snapshot:
+        """Queue again a job that was stopped, failed or was cut off; it gives the bits it would have given."""
+        found = self.find(job_id, owner)
+        return snapshot.of_job(self.engine.resume(found.job_id))
 
     def delete(self, job_id: object, owner: str = "") -> None:
         """Remove an ended job and its files."""

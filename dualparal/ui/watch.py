@@ -56,7 +56,7 @@ async def watch(
 def _ended(found: Snapshot, studio: Studio, root: str) -> Update:
     video = str(found.video) if found.video else None
     return (
-        gr.update(value=video), panels.board(found, studio), panels.result(found, root),
+        gr.update(value=video), panels.board(found, studio), panels.result(found, root, studio.can_resume(found)),
         gr.update(visible=False), _hidden(),
     )  # fmt: skip
 

@@ -167,17 +167,35 @@ def test_status_stays_quick_while_the_cores_are_busy(client: Client, served: Ser
     served.wait(lambda: client.predict(job_id=job_id, api_name="/status")["state"] == "cancelled")
 
 
-def test_a_killed_worker_is_told_and_the_page_goes_on(page: Any, client: Client, served: Served) -> None:
-    ask(page, "will be cut off", 100)
+def test_a_stopped_job_is_resumed_from_the_page(page: Any, served: Served) -> None:
+    ask(page, "half of it first", 40)
+    page.wait_for_selector(".block.ready", state="attached")
+    page.click("#stop")
+    wait_state(page, "cancelled")
+    job_id = job_of(page)
+    page.click("#result [data-do=resume]")
+    wait_state(page, "finished")
+    assert job_of(page) == job_id
+    assert describe(served.folder / "outputs" / job_id / "video.mp4")["num_frames"] == 641
+
+
+def test_a_killed_worker_is_noticed_and_the_job_goes_on(page: Any, served: Served) -> None:
+    ask(page, "will be cut off", 60)
     page.wait_for_function("document.querySelector('.headline b')?.innerText.startsWith('Denoising')")
     workers = [one for one in psutil.Process(served.process.pid).children(recursive=True) if "torch" in _maps(one)]
     assert workers, "no worker process was found"
     workers[0].send_signal(signal.SIGKILL)
-    wait_state(page, "failed")
+    page.wait_for_selector(".chip.restarting")
     shoot(page, "real-worker-killed", full_page=True)
-    assert "Traceback" not in page.inner_text("#stage")
-    ask(page, "after the fault", 2)
+    page.wait_for_selector(".chip.ready")
     wait_state(page, "finished")
+    assert "Traceback" not in page.inner_text("#stage")
+    assert describe(served.folder / "outputs" / job_of(page) / "video.mp4")["num_frames"] == 961
+
+
+def test_metrics_count_the_jobs(served: Served) -> None:
+    told = httpx.get(f"{served.url}metrics").text
+    assert re.search(r"^dualparal_\w+.* [1-9]", told, re.M), told
 
 
 def _maps(process: psutil.Process) -> str:

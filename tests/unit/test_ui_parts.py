@@ -16,7 +16,7 @@ from dualparal.events import BlockReady
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.journal import JobFolder
-from dualparal.ui import charts, form, gallery, memory, owners, panels, snapshot, words
+from dualparal.ui import charts, form, gallery, owners, panels, snapshot, words
 from dualparal.ui.live_video import LiveVideo
 from dualparal.ui.snapshot import Span
 from dualparal.ui.studio import Studio
@@ -232,20 +232,16 @@ def test_time_is_learnt_from_finished_jobs(studio: Studio) -> None:
     assert (one.num_frames, one.num_blocks, one.num_items) == (65, 4, 80)
 
 
-def test_what_cannot_fit_is_refused_with_the_number(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualparal.runtime.engine import Engine
-
-    engine = Engine(tiny, device="cpu", outputs=tmp_path, preset=FAKE_PRESET)
-    studio = Studio(engine)
+def test_what_cannot_fit_is_refused_with_the_number(studio: Studio, engine: FakeEngine) -> None:
     asked = GenerationRequest(prompt="x", seconds=4)
     fits = studio.estimate(asked)
-    assert fits.bytes_per_rank and fits.refusal is None
-    memory._need.cache_clear()
-    monkeypatch.setattr(memory, "host_bytes", lambda: 1_000_000)
-    with pytest.raises(RequestError, match=r"needs \d+ MB of memory and the computer has 1\.0 MB"):
+    assert fits.bytes_per_rank == 9_216_000 and fits.refusal is None
+    assert "9.2 MB" in panels.estimate_line(fits)
+    engine.has_bytes = 10**6
+    assert 'role="alert">this needs 9.2 MB and there are 1.0 MB' in panels.estimate_line(studio.estimate(asked))
+    with pytest.raises(RequestError, match="needs 9\\.2 MB"):
         studio.submit(asked)
-    assert list(tmp_path.iterdir()) == []
-    memory._need.cache_clear()
+    assert list(engine.outputs.iterdir()) == []
 
 
 def test_an_unwritable_folder_is_told(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
