@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +107,19 @@ def test_many_shards(tiny_sharded: Path, pipeline_of: Callable[[Path], WanPipeli
 
 def test_full_length_embeddings(tiny: Path, pipeline_of: Callable[[Path], WanPipeline]) -> None:
     compare(pipeline_of(tiny), tiny, steps=4, lengths=(512, 512))
+
+
+def test_bfloat16(tiny: Path) -> None:
+    """In the models' usual dtype: as near to diffusers in bfloat16 as that dtype allows, and no nearer to float32 than it."""
+    pipeline = WanPipeline.from_pretrained(tiny, dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    texts = some_texts()
+    expected = run_pipeline(pipeline, noise, [text.bfloat16() for text in texts[0]], 20, (5.0, 5.0))
+    case: dict[str, Any] = dict(latents_num=5, num_per_block=5, num_cat=1, steps=20, texts=texts, noise=[noise])
+    found = joined(denoise_in_threads(tiny, dtype="bfloat16", **case))
+    exact = joined(denoise_in_threads(tiny, **case))
+    assert expected.dtype == found.dtype == torch.float32
+    assert (found - expected).abs().mean() < 0.01
+    assert (found - expected).abs().max() < 0.1
+    assert (found - exact).abs().mean() < 0.02

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dualparal.core.schedule import Rules
 from tests.local_ring import denoise_in_threads
 from tests.texts import joined, some_texts
 from tests.twin import Twin, block_lengths
@@ -30,9 +31,11 @@ def twin_of() -> Callable[[Path], Twin]:
     return find
 
 
-def check(twin: Twin, ranks: int = 1, **case: Any) -> torch.Tensor:
-    expected = joined(twin.run(**case))
-    found = joined(denoise_in_threads(twin.folder, ranks=ranks, **case))
+def check(twin: Twin, ranks: int = 1, rules: Rules | None = None, **case: Any) -> torch.Tensor:
+    rules = rules or Rules()
+    said = {name: getattr(rules, name) for name in ("policy", "context", "max_in_flight", "stagger")}
+    expected = joined(twin.run(**case, **said))
+    found = joined(denoise_in_threads(twin.folder, ranks=ranks, rules=rules, **case))
     assert found.shape == expected.shape
     assert found.shape[2] == case["latents_num"]
     assert 0.3 < expected.std() < 3, "the tiny model no longer keeps latents of order 1"
@@ -116,7 +119,7 @@ def test_pictures_that_are_not_square(tiny: Path, twin_of: Callable[[Path], Twin
     check(twin_of(tiny), latents_num=7, num_per_block=3, num_cat=2, steps=4, size=size, texts=some_texts())
 
 
-@settings(max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_anything(tiny: Path, tiny_two: Path, twin_of: Callable[[Path], Twin], data: st.DataObject) -> None:
     num_per_block = data.draw(st.integers(1, 4))
@@ -140,6 +143,13 @@ def test_anything(tiny: Path, tiny_two: Path, twin_of: Callable[[Path], Twin], d
         flow_shift=data.draw(st.sampled_from([1.0, 3.0, 12.0])),
         seed=data.draw(st.integers(0, 2**63 - 1)),
         size=data.draw(st.sampled_from([(2, 2), (4, 4), (2, 6)])),
+        rules=Rules(
+            policy=data.draw(st.sampled_from(["paper", "preview"])),
+            context=data.draw(st.sampled_from(["recomputed", "cached"])),
+            max_in_flight=data.draw(st.integers(1, 4)),
+            stagger=data.draw(st.integers(1, 5)),
+            micro_batches=is_guided and data.draw(st.booleans()),
+        ),
     )
 
 
