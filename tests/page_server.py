@@ -33,14 +33,14 @@ GRADIO_WARNINGS = [
 class Server:
     """A page on a free port with a client of its own."""
 
-    def __init__(self, outputs: Path, **engine: Any) -> None:
+    def __init__(self, outputs: Path, auth: list[tuple[str, str]] | None = None, **engine: Any) -> None:
         self.engine = FakeEngine(outputs=outputs, **engine).start(wait=False)
-        self.page: gr.Blocks = launch(Studio(self.engine), quiet=True)  # type: ignore[arg-type]
+        self.page: gr.Blocks = launch(Studio(self.engine), quiet=True, auth=auth)  # type: ignore[arg-type]
         self.url = str(self.page.local_url)
-        self.client = self.new_client()
+        self.client = self.new_client(auth=auth[0] if auth else None)
 
-    def new_client(self) -> Client:
-        return Client(self.url, verbose=False)
+    def new_client(self, **options: Any) -> Client:
+        return Client(self.url, verbose=False, **options)
 
     def close(self) -> None:
         self.client.close()

@@ -66,15 +66,19 @@ class Estimator:
     def estimate(self, request: GenerationRequest) -> Estimate:
         """The costs of a resolved request."""
         assert request.latents_num and request.num_inference_steps and request.fps
-        rate = self.seconds_per_work()
         num_blocks = num_blocks_of(request)
         num_frames = frames_of_latents(request.latents_num)
         plan = self._engine.plan(request, is_short=True)
         return Estimate(
             num_frames=num_frames, seconds=num_frames / request.fps, num_blocks=num_blocks,
-            num_items=num_blocks * request.num_inference_steps, time_s=None if rate is None else rate * work_of(request),
+            num_items=num_blocks * request.num_inference_steps, time_s=self.time_s(request),
             bytes_per_rank=plan.bytes_per_rank, refusal=plan.refusal,
         )  # fmt: skip
+
+    def time_s(self, request: GenerationRequest) -> float | None:
+        """Seconds that the resolved request will run; None while nothing has been learnt. Cheap."""
+        rate = self.seconds_per_work()
+        return None if rate is None else rate * work_of(request)
 
     def seconds_per_work(self) -> float | None:
         """Seconds per token pass, the median of the last finished jobs of this model; None before the first."""

@@ -19,6 +19,7 @@ NAMES = (
     "flow_shift", "boundary_ratio", "num_per_block", "num_cat", "schedule", "context", "width", "height",
 )  # fmt: skip
 WHOLE = ("num_inference_steps", "num_per_block", "num_cat", "width", "height")
+LENGTH_INFO = "More seconds take more time, hardly more memory."
 CHOICES = {"schedule": SCHEDULES, "context": CONTEXTS}
 TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
 
@@ -54,7 +55,7 @@ def build(studio: Studio) -> Form:
         [(p.title, p.name) for p in studio.usable_presets()], value=preset.name, label="Model and size", filterable=False,
         info=preset.hardware or None, elem_id="preset",
     )  # fmt: skip
-    parts["seconds"] = gr.Slider(**at["seconds"], label="Length in seconds", elem_id="seconds")
+    parts["seconds"] = gr.Slider(**at["seconds"], label="Length in seconds", info=LENGTH_INFO, elem_id="seconds")
     with gr.Row(elem_classes="seed-row"):
         # A text box: Gradio's Number shows an empty value as 0, and a browser's numbers end at 2**53.
         parts["seed"] = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, min_width=80, elem_id="seed")

@@ -67,6 +67,8 @@ def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
         if progress is None:
             return "Preparing", "reading the prompt"
         share = progress.items_done / max(1, progress.num_items)
+        if progress.items_done >= progress.num_items:
+            return "Decoding", f"{len(found.blocks)} of {len(progress.block_steps)} blocks ready"
         eta = f"about {duration(progress.eta_s)} left" if progress.eta_s is not None else "estimating the time left"
         return f"Denoising {share * 100:.0f} %", eta
     kept = f"{length(found.num_frames, found.request.fps or 16)} kept" if found.video else "no block was finished"
@@ -95,10 +97,12 @@ def first_frames_in_s(found: Snapshot, progress: Progress) -> float | None:
 def board(found: Snapshot, studio: Studio) -> str:
     """Under the video: state, time left, first frames, the strip of blocks, the stages' meters."""
     head, detail = headline(found, studio)
-    alert = ' role="alert"' if found.state == "failed" else ' role="status"'
+    # A running job's words change every second, which nobody wants read out; the progress bar can be asked.
+    alert = {"failed": ' role="alert"', "running": ""}.get(found.state, ' role="status"')
     first = found.timings.get("first_frames_s")
     if first is None and found.blocks and found.started:
         first = found.blocks[0].time_s - found.started.time_s
+        first = first if first > 0 else None  # begun anew after that block: it was resumed
     progress = found.progress
     first_words = ""
     if first is not None:

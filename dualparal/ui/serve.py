@@ -25,7 +25,7 @@ from starlette.routing import Route
 from dualparal import __version__
 from dualparal.errors import DualParalError
 from dualparal.model.source import POCKET_WEIGHTS
-from dualparal.presets import Limits, Preset, find_preset, load_presets
+from dualparal.presets import PACKAGE, Limits, Preset, find_preset, load_presets
 from dualparal.runtime.devices import place
 from dualparal.runtime.journal import outputs_folder
 from dualparal.runtime.metrics import metrics_text
@@ -137,7 +137,7 @@ def default_model() -> tuple[str, Preset | None]:
             folder = Path(tempfile.mkdtemp(prefix="dualparal-")) / "tiny"
         log.info("no trained pocket model is installed; writing a tiny random one to %s", folder)
         command = [sys.executable, "-m", "dualparal", "tiny", str(folder)]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        made = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PACKAGE.parent)
         if made.returncode:
             raise DualParalError(f"the tiny model could not be written to {folder}: {made.stderr.strip()[-300:]}")
     return str(folder), TINY_PRESET
@@ -148,7 +148,7 @@ def launch(
     root_path: str | None = None, quiet: bool = False,
 ) -> gr.Blocks:  # fmt: skip
     """Open the page for `studio` in background threads and return it; `.local_url` is its address, `.close()` ends it."""
-    outputs = outputs_folder(studio.outputs).resolve()
+    outputs = outputs_folder(studio.outputs)
     outputs.mkdir(parents=True, exist_ok=True)
     root = root_path if root_path is not None else os.environ.get("GRADIO_ROOT_PATH", "")
     # Videos are served where they lie: Gradio would copy each one it shows, and hash it, into its own cache.
@@ -157,7 +157,8 @@ def launch(
     page.queue(api_open=False, max_size=WAITING_CALLS, default_concurrency_limit=16)
     page.launch(
         server_name=host, server_port=port, root_path=root_path, auth=auth, prevent_thread_lock=True, quiet=quiet,
-        allowed_paths=[str(outputs)], max_file_size=MAX_UPLOAD, show_error=False, strict_cors=True, enable_monitoring=False,
+        allowed_paths=sorted({str(outputs), str(outputs.resolve())}), max_file_size=MAX_UPLOAD, show_error=False,
+        strict_cors=True, enable_monitoring=False,
         run_history=False, ssr_mode=False, share=False, pwa=False, footer_links=["api", "settings"], theme=theme(),
         css=(HERE / "style.css").read_text(encoding="utf-8"), app_kwargs={"routes": health_routes(studio)},
         favicon_path=str(HERE / "favicon.svg"),

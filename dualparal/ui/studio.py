@@ -121,8 +121,7 @@ class Studio:
         """The owner's ended jobs, newest first, read lazily."""
         running = {job.id for job in self.engine.jobs()}
         for folder in list_jobs(self.outputs):
-            found = None if folder.job_id in running else _readable(folder)
-            if found is not None and owner and found.owner == owner:
+            if owner and folder.job_id not in running and (found := _readable(folder, owner)) is not None:
                 yield found
 
     def starts_in_s(self, job_id: str) -> float | None:
@@ -132,7 +131,7 @@ class Studio:
             if job.id == job_id:
                 return total_s
             progress = job.view().progress
-            left_s = progress.eta_s if progress else self.estimator.estimate(job.request).time_s
+            left_s = progress.eta_s if progress else self.estimator.time_s(job.request)
             if left_s is None:
                 return None
             total_s += left_s
@@ -143,8 +142,9 @@ class Studio:
         return found.request.model_dump(exclude_none=True)
 
 
-def _readable(folder: JobFolder) -> Snapshot | None:
+def _readable(folder: JobFolder, owner: str) -> Snapshot | None:
+    """The job if it is `owner`'s; None for those of others, and for a folder cut off while it was made or being deleted."""
     try:
-        return snapshot.of_folder(folder)
-    except DualParalError:  # somebody else's folder, or cut off while it was made
+        return snapshot.of_folder(folder) if folder.record().get("owner") == owner else None
+    except (DualParalError, OSError):
         return None

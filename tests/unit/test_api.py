@@ -255,6 +255,23 @@ def test_a_job_with_an_owner_is_unknown_to_others(slow: Server) -> None:
     assert "my secret" not in (slow.engine.outputs / job_id / "request.json").read_text()
 
 
+def test_with_logins_the_login_is_the_owner(tmp_path: Path) -> None:
+    server = Server(tmp_path, auth=[("ada", "one"), ("bob", "two")])
+    try:
+        assert httpx.get(f"{server.url}config").status_code == 401
+        assert httpx.get(f"{server.url}healthz").status_code == 200
+        job_id = server.client.predict(prompt="mine", api_name="/submit", **SHORT)["job_id"]
+        server.wait(job_id, has_ended)
+        bob = server.new_client(auth=("bob", "two"))
+        with pytest.raises(AppError, match="there is no job"):
+            bob.predict(job_id=job_id, api_name="/result")
+        video = server.engine.outputs / job_id / "video.mp4"
+        assert httpx.get(f"{server.url}gradio_api/file={video}").status_code == 401
+        bob.close()
+    finally:
+        server.close()
+
+
 # The server around it
 
 
