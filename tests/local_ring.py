@@ -66,13 +66,15 @@ class LocalLinks:
 _stages: dict[tuple[Any, ...], Stage] = {}
 
 
-def stages_of(checkpoint: Checkpoint, ranks: int, layer_split: Sequence[int] | None, dtype: str) -> list[Stage]:
+def stages_of(
+    checkpoint: Checkpoint, ranks: int, layer_split: Sequence[int] | None, dtype: str, **options: Any
+) -> list[Stage]:
     """Stages are kept: many tests share a checkpoint and a split."""
     found = []
     for layers in split_layers(checkpoint.num_layers, ranks, layer_split):
-        key = (checkpoint.folder, layers, dtype)
+        key = (checkpoint.folder, layers, dtype, *options.items())
         if key not in _stages:
-            _stages[key] = Stage(checkpoint, layers, dtype=dtype, device="cpu")
+            _stages[key] = Stage(checkpoint, layers, dtype=dtype, device="cpu", **options)
         found.append(_stages[key])
     return found
 
@@ -100,10 +102,12 @@ def denoise_in_threads(
     saver: Any = None,
     resume: SweepState | None = None,
     dtype: str = "float32",
+    **options: Any,
 ) -> dict[int, torch.Tensor]:
-    """Latents of each finished block. `texts[i]`: guidance halves of text i; `stop_after` items the job is stopped."""
+    """Latents of each finished block. `texts[i]`: guidance halves of text i; `stop_after` items the job is stopped;
+    `options` are the stages' own (LoRAs, attention)."""
     checkpoint = Checkpoint(folder)
-    stages = stages_of(checkpoint, ranks, layer_split, dtype)
+    stages = stages_of(checkpoint, ranks, layer_split, dtype, **options)
     plan = BlockPlan.of(latents_num, num_per_block, num_cat)
     samplers = SamplerFactory(checkpoint.config("scheduler"), num_steps=steps, flow_shift=flow_shift, device="cpu")
     experts = samplers.experts(boundary_ratio)

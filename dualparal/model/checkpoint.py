@@ -6,7 +6,7 @@ What each tensor is called and who owns it is `layout`'s business; this file mov
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from safetensors import safe_open
 from torch import nn
 
 from dualparal.errors import CheckpointError
-from dualparal.model.layout import Checkpoint, transformer_owners
+from dualparal.model.layout import Checkpoint, transformer_owners, transformer_shapes
+from dualparal.model.lora import LoraMerge
+from dualparal.model.lora_source import Lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,11 +31,18 @@ def keeps_float32(key: str) -> bool:
 
 
 def load_transformer_share(
-    checkpoint: Checkpoint, component: str, layers: range, *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    component: str,
+    layers: range,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    loras: Sequence[Lora] = (),
 ) -> WanTransformer3DModel:
     """A WanTransformer3DModel that holds `layers` only (the others are empty `nn.Identity`s without parameters).
 
-    The patch and condition embedding are there iff `layers` starts at 0, the output head iff it ends at the last layer.
+    The patch and condition embedding are there iff `layers` starts at 0, the output head iff it ends at the last layer. `loras`
+    are merged in float32 before the cast.
     Raises `CheckpointError` when a tensor is missing or has another shape.
     """
     config = checkpoint.config(component)
@@ -51,8 +60,11 @@ def load_transformer_share(
             raise CheckpointError(
                 f"{tensors[key].file}: {key} has shape {list(tensors[key].shape)}, the config says {list(expected[key].shape)}"
             )
+    merge = LoraMerge(loras, checkpoint.transformers.index(component), transformer_shapes(config)) if loras else None
     for key, value in _read({key: tensors[key].file for key in wanted}):
         target = torch.float32 if keeps_float32(key) else dtype
+        if merge is not None:
+            value = merge.apply(key, value)
         set_module_tensor_to_device(model, key, device, value=value.to(device, target, copy=True), dtype=target)
     # Buffers of the meta model hold nothing; the table is small and is made anew, in upstream's precision.
     rope = model.rope

@@ -19,6 +19,8 @@ from dualparal.core.schedule import Context, Item, Schedule
 from dualparal.model.checkpoint import DTYPES, load_transformer_share
 from dualparal.model.feature_cache import CrossAttention, KeyValue, SelfAttention, Surroundings
 from dualparal.model.layout import Checkpoint
+from dualparal.model.lora_source import Lora
+from dualparal.model.speedups import compile_layers, use_attention
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,26 @@ class JobShape:
 class Stage:
     """Layers `layers` of every expert, on one device. `begin` a job, `run` its items in schedule order, `end` it."""
 
-    def __init__(self, checkpoint: Checkpoint, layers: range, *, dtype: str, device: str) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: range,
+        *,
+        dtype: str,
+        device: str,
+        loras: Sequence[Lora] = (),
+        attention: str | None = None,
+        is_compiled: bool = False,
+    ) -> None:
+        """`attention` is a backend of diffusers' dispatcher, `is_compiled` runs the layers through torch.compile: both change
+        bits. Raises `CheckpointError` for a bad file, `RequestError` for a backend that is not to be had."""
         self.layers = layers
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.is_first = layers.start == 0
         self.is_last = layers.stop == checkpoint.num_layers
         self.models: list[WanTransformer3DModel] = [
-            load_transformer_share(checkpoint, component, layers, dtype=self.dtype, device=self.device)
+            load_transformer_share(checkpoint, component, layers, dtype=self.dtype, device=self.device, loras=loras)
             for component in checkpoint.transformers
         ]
         config = checkpoint.config("transformer")
@@ -73,6 +87,10 @@ class Stage:
             for (_, block), attn1, attn2 in zip(own, self._selves[-1], self._crosses[-1], strict=True):
                 block.attn1.set_processor(attn1)
                 block.attn2.set_processor(attn2)
+            if attention is not None:
+                use_attention(model, attention, self.device)
+            if is_compiled:
+                compile_layers([block for _, block in own])
         self._shape: JobShape | None = None
         self._schedule: Schedule | None = None
         # K/V for other blocks, by guidance half: of the item just before; of each block's last pass.

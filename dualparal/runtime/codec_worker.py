@@ -24,6 +24,7 @@ from dualparal.media.writer import VideoWriter
 from dualparal.model.checkpoint import DTYPES
 from dualparal.model.layout import Checkpoint
 from dualparal.model.text import TextEncoder
+from dualparal.model.text_cache import EmbeddingCache
 from dualparal.model.vae import StreamingDecoder, to_uint8
 from dualparal.runtime.logs import working_on
 from dualparal.runtime.messages import (
@@ -54,8 +55,11 @@ def codec_main(connection: Connection, options: WorkerOptions, inbox: Queue[Any]
         started_s = time.monotonic()
         torch.set_num_threads(options.threads)
         checkpoint = Checkpoint(Path(options.folder))
-        text = TextEncoder(checkpoint, device=options.codec_device, dtype=DTYPES[options.dtype])
-        decoder = StreamingDecoder.load(checkpoint, device=options.codec_device)
+        cache = EmbeddingCache(Path(options.text_cache)) if options.text_cache else None
+        text = TextEncoder(
+            checkpoint, device=options.codec_device, dtype=DTYPES[options.dtype], place=options.text_encoder, cache=cache
+        )
+        decoder = StreamingDecoder.load(checkpoint, device=options.codec_device, dtype=DTYPES[options.vae_dtype])
         parts = call_hook(options, rank=None, text=text, decoder=decoder, uplink=uplink)
         uplink.send(Ready(uplink.name, {"pid": os.getpid(), "load_s": time.monotonic() - started_s}))
         Codec(parts["text"], parts["decoder"], uplink, inbox, outbox).serve()
@@ -109,6 +113,7 @@ class Codec:
     def _encode(self, message: EncodeText) -> None:
         started_s = time.monotonic()
         arrays = tuple(self._text.encode(text).float().numpy() for text in message.texts)
+        self._text.rest()
         ended_s = time.monotonic()
         self._uplink.send(Spans(message.job_id, (Span("text", started_s, ended_s, 0, 0),)))
         self._outbox.put(Embeddings(message.job_id, arrays, ended_s - started_s))

@@ -75,7 +75,10 @@ def rank_main(
             torch.cuda.set_device(device)
         links = join_ring(rank, options, uplink, device)
         checkpoint = Checkpoint(Path(options.folder))
-        stage = Stage(checkpoint, options.layers[rank], dtype=options.dtype, device=options.devices[rank])
+        stage = Stage(
+            checkpoint, options.layers[rank], dtype=options.dtype, device=options.devices[rank], loras=options.loras,
+            attention=options.attention, is_compiled=options.is_compiled,
+        )  # fmt: skip
         parts = call_hook(options, rank=rank, stage=stage, links=links, uplink=uplink)
         stage, links = parts["stage"], parts["links"]
         about = {
