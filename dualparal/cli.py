@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_flags(generate)
     generate.add_argument("--save_file", type=Path, metavar="MP4", help="also copy the finished video here")
     generate.add_argument("--export_image", action="store_true", help="also write every frame as PNG")
+    generate.add_argument(
+        "--baseline", choices=("wan",), help="make it with diffusers' own WanPipeline on one device instead, to compare"
+    )
     generate.add_argument("--job_id", help="id of the job and name of its folder (default: drawn)")
     generate.set_defaults(run=_generate)
 
@@ -189,9 +192,26 @@ def _generate(options: argparse.Namespace) -> int:
         _check_writable(options.save_file)
     job_id = check_job_id(options.job_id) if options.job_id else new_job_id()
     print(f"job {job_id}", flush=True)
+    if options.baseline:
+        return _baseline(engine, request, job_id, options)
     with _sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
         job = engine.submit(request, export_images=options.export_image, job_id=job_id)
         return finish_job(engine, job, options.save_file)
+
+
+def _baseline(engine: Any, request: GenerationRequest, job_id: str, options: argparse.Namespace) -> int:
+    from dualparal.cli_baseline import run_baseline_job
+
+    try:
+        with _sigterm_as_ctrl_c():
+            result = run_baseline_job(
+                engine, request, job_id, device=options.device, text_encoder=options.text_encoder,
+                export_images=options.export_image,
+            )  # fmt: skip
+    except JobCancelled as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return STOPPED
+    return _show_result(result, request.seed, options.save_file)
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -234,12 +254,16 @@ def finish_job(engine: Any, job: Any, save_file: Path | None) -> int:
         if stop.path and save_file:
             _copy(Path(stop.path), save_file)
         return STOPPED
+    return _show_result(result, job.request.seed, save_file)
+
+
+def _show_result(result: Any, seed: int | None, save_file: Path | None) -> int:
     path = Path(result.path)
     if save_file:
         _copy(path, save_file)
         path = save_file
     times = ", ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in result.timings.items())
-    print(f"{path}: {result.num_frames} frames, seed {job.request.seed}; {times}", flush=True)
+    print(f"{path}: {result.num_frames} frames, seed {seed}; {times}", flush=True)
     return 0
 
 

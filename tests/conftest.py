@@ -15,6 +15,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Embeddings and calibrations of tests stay out of the user's cache.
+_cache = tempfile.TemporaryDirectory(prefix="dualparal-test-cache-", ignore_cleanup_errors=True)
+os.environ.setdefault("DUALPARAL_CACHE", _cache.name)
 
 FOLDER_MARKS = ("distributed", "browser", "gpu")
 GONE_WITHIN_S = 10.0

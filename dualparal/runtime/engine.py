@@ -161,6 +161,11 @@ class Engine:
     def dtype(self) -> str:
         return self._options.dtype
 
+    @property
+    def threads(self) -> int:
+        """CPU threads of each process."""
+        return self._options.threads
+
     # Life
 
     def __enter__(self) -> Engine:
@@ -258,7 +263,7 @@ class Engine:
             folder = JobFolder.create(
                 self.outputs, job_id, resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
                 owner=owner, ranks=self.ranks, dtype=self.dtype, threads=self._options.threads, export_images=export_images,
-                has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)), **self._changes(),
+                has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)), **self.changes(),
             )  # fmt: skip
             run = RunJob(folder.job_id, resolved, str(folder.path), return_latents, export_images, noise, cond, uncond)
             return self._add(run, folder, owner)
@@ -275,7 +280,7 @@ class Engine:
         self.desk.add(job)
         return job
 
-    def _changes(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, Any]:
         """Options that change the numbers, as a job's record keeps them; empty for the model as it is."""
         options = self._options
         changes: dict[str, Any] = {}
@@ -324,8 +329,8 @@ class Engine:
                     f"{self.checkpoint.folder} in {self.dtype}",
                     "job_id",
                 )
-            if (made_with := {key: record[key] for key in CHANGES if key in record}) != self._changes():
-                raise RequestError(f"job {job_id} was made with {made_with}, this engine runs {self._changes()}", "job_id")
+            if (made_with := {key: record[key] for key in CHANGES if key in record}) != self.changes():
+                raise RequestError(f"job {job_id} was made with {made_with}, this engine runs {self.changes()}", "job_id")
             if record.get("has_tensors"):
                 raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
             if record.get("threads") != self._options.threads:

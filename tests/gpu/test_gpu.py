@@ -1,0 +1,99 @@
+"""What only a CUDA device can show. Skipped with a reason elsewhere; `pytest tests/gpu` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from dualparal import Engine, GenerationRequest
+from dualparal.core.estimate import GPU_RUNTIME_BYTES, memory_plan, workload_of
+from dualparal.core.sizes import WAN_1_3B
+from dualparal.errors import RequestError
+from dualparal.model.calibrate import calibrate
+from dualparal.model.layout import Checkpoint
+from dualparal.model.speedups import use_attention
+from dualparal.model.stage import Stage
+from tests.local_ring import denoise_in_threads
+from tests.texts import joined, some_texts
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this host has none")
+NUM_GPUS = torch.cuda.device_count()
+ASKED: dict[str, Any] = dict(
+    prompt="x", latents_num=9, height=64, width=64, num_inference_steps=4, seed=1, num_per_block=3, num_cat=2
+)
+
+
+@pytest.fixture(autouse=True)
+def empty_card() -> Iterator[None]:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    torch.cuda.empty_cache()
+
+
+def latents_of(folder: Path, outputs: Path, **options: Any) -> torch.Tensor:
+    with Engine(str(folder), outputs=outputs, **options) as engine:
+        found = engine.submit(GenerationRequest(**ASKED), return_latents=True).result(timeout=600).latents
+    return torch.as_tensor(found)
+
+
+def test_float32_is_near_the_cpus(tiny: Path, tmp_path: Path) -> None:
+    on_cpu = latents_of(tiny, tmp_path / "cpu", device="cpu", dtype="float32")
+    on_gpu = latents_of(tiny, tmp_path / "gpu", device="cuda", dtype="float32")
+    assert (on_cpu - on_gpu).abs().max() < 1e-2
+
+
+def test_one_block_in_bfloat16_is_near_diffusers(tiny: Path) -> None:
+    noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    texts = some_texts()
+    pipeline = WanPipeline.from_pretrained(tiny, dtype=torch.bfloat16).to("cuda")
+    expected = pipeline(
+        prompt_embeds=texts[0][0].cuda(), negative_prompt_embeds=texts[0][1].cuda(), height=64, width=64, num_frames=13,
+        num_inference_steps=4, guidance_scale=5.0, latents=noise.cuda(), output_type="latent",
+    ).frames.float().cpu()  # fmt: skip
+    found = joined(
+        denoise_in_threads(
+            tiny, latents_num=4, num_per_block=4, num_cat=0, steps=4, texts=texts, noise=[noise], size=(8, 8), dtype="bfloat16"
+        )
+    )
+    assert (found - expected).abs().mean() < 0.05
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs two CUDA devices, this host has {NUM_GPUS}")
+def test_the_same_bits_on_two_cards(tiny: Path, tmp_path: Path) -> None:
+    one = latents_of(tiny, tmp_path / "one", ranks=1, device="cuda", dtype="bfloat16")
+    two = latents_of(tiny, tmp_path / "two", ranks=2, device="cuda", dtype="bfloat16")
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", ["_native_flash", "_native_efficient", "_native_cudnn", "flash", "sage"])
+def test_attention_backends(tiny: Path, name: str) -> None:
+    stage = Stage(Checkpoint(tiny), range(4), dtype="bfloat16", device="cuda")
+    try:
+        use_attention(stage.models[0], name, stage.device)
+    except RequestError as refused:
+        pytest.skip(str(refused))
+
+
+def test_calibration_measures_the_card() -> None:
+    speed = calibrate(WAN_1_3B, device="cuda", dtype="bfloat16", num_tokens=16 * 1560)
+    assert speed.flops_per_s > 1e12
+
+
+def test_peak_memory_of_a_real_stage_is_the_plans() -> None:
+    """Weights, cache and activations of five 1.3B layers at 480p, within a few per cent."""
+    from benchmarks.gpu import measure_steps
+
+    request = GenerationRequest(
+        prompt="x", negative_prompt="", latents_num=40, height=480, width=832, fps=16, seed=0, num_inference_steps=8,
+        guidance_scale=5.0, guidance_scale_2=5.0, flow_shift=3.0, num_per_block=8, num_cat=8, schedule="paper",
+    )  # fmt: skip
+    found = measure_steps({**WAN_1_3B, "num_layers": 5}, request, num_items=12)
+    plan = memory_plan(workload_of(request, {**WAN_1_3B, "num_layers": 5}, [5]), height=480, width=832).ranks[0]
+    held_by_the_stage = plan.total - plan.latents - plan.codec - GPU_RUNTIME_BYTES
+    assert 0.9 * held_by_the_stage <= found.peak_bytes <= 1.1 * held_by_the_stage
