@@ -63,7 +63,8 @@ def run_plan(options: argparse.Namespace) -> int:
         return 0
     print(f"\nIt does not fit: {plan.refusal}.")
     proposals = propose(request, model, placement, speed)
-    print("It would fit with:" if proposals else "No split or block size makes it fit: use more or larger GPUs.")
+    way_out = "use more or larger GPUs" if placement.on_gpu else "use --dtype bfloat16, a smaller picture, or GPUs"
+    print("It would fit with:" if proposals else f"No split or block size makes it fit: {way_out}.")
     for proposal in proposals:
         print(f"  {proposal.flags}: {gigabytes(proposal.plan.bytes_per_rank)} a GPU{_compared(proposal.plan, plan)}")
     return 1
