@@ -24,6 +24,8 @@ from dualparal.ui.watch import watch
 HERE = Path(__file__).parent
 TICK_S = 2.0
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Estimates come back in the order they were asked for, or an older one would overwrite a newer.
+IN_ORDER: dict[str, Any] = {"concurrency_id": "estimate", "concurrency_limit": 1}
 DEFAULT_EXAMPLES = (
     "a red circle bouncing on a navy background",
     "A lighthouse on a cliff at dusk, waves breaking far below, slow aerial shot",
@@ -112,11 +114,11 @@ class Page:
     def _wire(self, page: gr.Blocks) -> None:
         inputs, browser = self.form.inputs, self.browser
         overview = [self.chip, self.queue]
-        opened = page.load(
+        self.opened = page.load(
             self._open, [browser, self.hint], [browser, self.job_id, self.estimate, self.gallery, *overview],
             js="(browser, hint) => [browser, sessionStorage.getItem('dualparal-job') || '']", **QUIET,
         )  # fmt: skip
-        self._then_follow(opened)
+        self._then_follow(self.opened)
         begun = gr.on(
             [self.generate.click, self.form.prompt.submit], self._start, [browser, *inputs], [self.job_id, self.queue],
             trigger_mode="multiple", **QUIET,
@@ -128,7 +130,8 @@ class Page:
         self.stop.click(self._stop, [browser, self.job_id], self.stop, queue=False, **QUIET)
         self.form.dice.click(form.roll, None, self.form.parts["seed"], queue=False, **QUIET)
         self.form.parts["preset"].input(self._choose_preset, self.form.parts["preset"], inputs, **QUIET)
-        gr.on([part.change for part in inputs[2:]], self._estimate, inputs, self.estimate, trigger_mode="always_last", **QUIET)
+        changes = [part.change for part in inputs[2:]]
+        gr.on(changes, self._estimate, inputs, self.estimate, trigger_mode="always_last", **IN_ORDER, **QUIET)
         self.restore.upload(self._restore, self.restore, [self.restore, *inputs], **QUIET)
         self.timer.tick(self._tick, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
@@ -148,7 +151,9 @@ class Page:
         )
         if is_new:
             shown = followed.then(self._newest, [self.browser, self.job_id], [self.gallery, self.gallery_page], **QUIET)
-            shown.then(self._estimate, self.form.inputs, self.estimate, **QUIET)  # it has learnt from this job
+            # It has learnt from this job. Not when the page opens: the visitor may be typing by the time this comes back.
+            if event is not self.opened:
+                shown.then(self._estimate, self.form.inputs, self.estimate, **IN_ORDER, **QUIET)
 
     # -- what the events do
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -284,6 +286,29 @@ def test_bad_settings_are_refused_before_anything_is_queued(visit: Any, server: 
     assert "<img src=x" in page.inner_text(".asked") and "{{7*7}}" in page.inner_text(".asked")
     assert page.title() != "hit"
     wait_state(page, "finished")
+
+
+def test_an_older_estimate_does_not_overwrite_a_newer(visit: Any, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = visit()
+    ask(page, "teaches the estimate", 8)
+    page.wait_for_selector(".board")
+    plan, slow, asked = server.engine.plan, threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **more: Any) -> Any:
+        if slow.is_set():
+            asked.set()
+            time.sleep(3)
+        return plan(*args, **more)
+
+    monkeypatch.setattr(server.engine, "plan", slowly)
+    slow.set()  # the estimate that follows the end of the job takes long
+    wait_state(page, "finished")
+    assert asked.wait(60)
+    page.fill("#seed :is(input, textarea)", "12x")
+    page.keyboard.press("Tab")
+    page.wait_for_selector(".estimate.bad")
+    page.wait_for_timeout(4000)
+    assert page.locator(".estimate.bad").count() == 1, "the older estimate came back last"
 
 
 def test_loading_engine_takes_jobs_at_once(browser: Any, tmp_path: Path) -> None:
