@@ -13,7 +13,7 @@ import numpy as np
 from dualparal.pocket.metrics import Reading, velocities
 from dualparal.pocket.world import BACKGROUNDS, BOUNCE_PERIOD, CIRCLE_PERIOD, COLORS, SIDE_PX, Prompt
 
-SAME_FRAME = 0.05  # two frames count as the same below this share of the difference that an object elsewhere makes
+SAME_FRAME = 0.03  # two frames count as the same below this share of the difference that an object elsewhere makes
 MAX_LAG = 96
 
 

@@ -18,7 +18,7 @@ from dualparal.pocket.world import BACKGROUNDS, COLORS, SHAPES, SIDE_PX, VELOCIT
 MIN_AREA_SHARE = 0.01  # less than this of the picture is no object
 MIN_CONTRAST = 0.18  # distance in RGB (0 .. 1) from the background for a pixel to count
 MAX_NAME_DISTANCE = 0.30  # farther from every named colour is no colour of this world
-AREA_OF_UNIT_RADIUS = {"circle": np.pi, "square": 1.8**2, "triangle": 3 * 3**0.5 * 0.7**2}
+AREA_OF_UNIT_RADIUS = {"circle": np.pi, "square": 1.8**2, "triangle": 3 * 3**0.5 * 0.65**2}
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import numpy as np
 SIDE_PX = 64
 FPS = 16
 SPEED_PX = 2.0  # pixels per frame of all four directions, and nearly that of circling
-BOUNCE_PERIOD, BOUNCE_HEIGHT_PX, FLOOR_PX = 32, 32.0, 52.0
-CIRCLE_PERIOD, CIRCLE_RADIUS_PX = 48, 15.0
-RADIUS_PX = (7.5, 9.5)
+BOUNCE_PERIOD, BOUNCE_HEIGHT_PX, FLOOR_PX = 32, 32.0, 51.0
+CIRCLE_PERIOD, CIRCLE_RADIUS_PX = 48, 14.0
+RADIUS_PX = (10.0, 12.5)
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 35),
@@ -133,7 +133,7 @@ def draw_masks(shape: str, centers: np.ndarray, radius_px: float) -> np.ndarray:
     elif shape == "square":
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * radius_px
     else:  # upright, equilateral, centred on its centroid
-        distance = np.maximum(np.abs(dx) * 0.8660254 - dy * 0.5, dy) - 0.7 * radius_px
+        distance = np.maximum(np.abs(dx) * 0.8660254 - dy * 0.5, dy) - 0.65 * radius_px
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
@@ -162,13 +162,13 @@ def random_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
     """A scene of that prompt with everything else drawn at random, so that any moment of a motion can be a video's first."""
     x_px, y_px = rng.uniform(0, SIDE_PX, 2)
     if prompt.motion == "bouncing":
-        x_px = rng.uniform(14, SIDE_PX - 14)
+        x_px = rng.uniform(17, SIDE_PX - 17)
     elif prompt.motion == "circling":
-        x_px, y_px = rng.uniform(SIDE_PX / 2 - 2, SIDE_PX / 2 + 2, 2)
+        x_px, y_px = rng.uniform(SIDE_PX / 2 - 1, SIDE_PX / 2 + 1, 2)
     elif prompt.motion in ("moving left", "moving right"):
-        y_px = rng.uniform(14, SIDE_PX - 12)
+        y_px = rng.uniform(17, SIDE_PX - 15)
     else:
-        x_px = rng.uniform(14, SIDE_PX - 14)
+        x_px = rng.uniform(17, SIDE_PX - 17)
     return Scene(prompt=prompt, x_px=x_px, y_px=y_px, phase=float(rng.uniform()), radius_px=float(rng.uniform(*RADIUS_PX)))
 
 

@@ -15,7 +15,7 @@ PROMPT = Prompt(color="red", shape="circle", motion="moving right", background="
 
 def scene(**changes: str) -> Scene:
     attributes = {name: getattr(PROMPT, name) for name in ("color", "shape", "motion", "background")} | changes
-    return Scene(prompt=Prompt(**attributes), x_px=20, y_px=30, phase=0.3, radius_px=8.5)
+    return Scene(prompt=Prompt(**attributes), x_px=20, y_px=30, phase=0.3, radius_px=11)
 
 
 def mean_ratio(video: np.ndarray, borders: list[int], name: str) -> float:
@@ -110,7 +110,7 @@ def test_a_turn_a_growth_and_a_new_colour_at_block_borders_are_seen() -> None:
     turned = np.concatenate([scene().render(29), scene(motion="moving up").render(24), scene().render(24)])
     assert mean_ratio(turned, borders, "velocity") > 10
     grown = scene().render(77)
-    grown[29:] = Scene(prompt=PROMPT, x_px=20, y_px=30, phase=0, radius_px=9.5).render(77)[29:]
+    grown[29:] = Scene(prompt=PROMPT, x_px=20, y_px=30, phase=0, radius_px=12.5).render(77)[29:]
     assert mean_ratio(grown, [29], "size") > 10
     recolored = scene().render(77)
     recolored[29:] = scene(color="orange").render(77)[29:]
