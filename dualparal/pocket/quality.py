@@ -26,7 +26,7 @@ from PIL import Image
 
 from dualparal.pocket.judge import block_borders, drift, jumps, repetition
 from dualparal.pocket.metrics import adherence, read_frames
-from dualparal.pocket.world import Prompt, held_out_prompts, random_scene
+from dualparal.pocket.world import SIDE_PX, Prompt, held_out_prompts, random_scene
 from dualparal.request import CONTEXTS, SCHEDULES, GenerationRequest, frames_of_latents
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,8 @@ def make_frames(engine: Any, method: Method, prompt: Prompt, seed: int, options:
         video = random_scene(prompt, np.random.default_rng(seed)).render(frames_of_latents(latents_num))
         return np.rint(video * 255).astype(np.uint8)
     request = GenerationRequest(
-        prompt=prompt.caption, latents_num=latents_num, num_per_block=method.num_per_block or latents_num,
+        prompt=prompt.caption, height=SIDE_PX, width=SIDE_PX, latents_num=latents_num,
+        num_per_block=method.num_per_block or latents_num,
         num_cat=method.num_cat, schedule=method.schedule, context=method.context, seed=seed,
         num_inference_steps=options.steps,
     )  # fmt: skip
@@ -122,7 +123,10 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ]
     if not wanted:
         return
-    with tempfile.TemporaryDirectory() as folder, Engine(options.model, ranks=options.ranks, outputs=folder) as engine:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine(options.model, ranks=options.ranks, threads=options.threads, outputs=folder) as engine,
+    ):
         for method, prompt, seed in wanted:
             start = time.monotonic()
             frames = make_frames(engine, method, prompt, seed, options)
@@ -155,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--steps", type=int, default=20, help="denoising steps")
     flags.add_argument("--methods", nargs="*", choices=list(all_methods()), metavar="NAME", help="only these (default: all)")
     flags.add_argument("--ranks", type=int, default=1)
+    flags.add_argument("--threads", type=int, default=1, help="CPU threads per process (more are slower on a busy machine)")
     flags.add_argument("--keep", action="store_true", help="also keep the frames of every prompt's first seed as .npz")
     flags.add_argument("--report-only", action="store_true", help="make nothing new, write the report again")
     return flags
