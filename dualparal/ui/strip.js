@@ -36,3 +36,4 @@ const look = () => {
   element.style.setProperty('--playhead', String(Math.min(1, at / total)));
 };
 const timer = setInterval(look, 200);
+watch('value', look);  // at once, so that a reload right after a new job finds it

@@ -51,6 +51,8 @@ async def watch(
                 yield gr.skip(), told, gr.skip(), gr.skip(), gr.skip()
         await asyncio.sleep(LOOK_EVERY_S)
         waited_s += LOOK_EVERY_S
+    # Gradio sends a generator's last update once more when it ends, which would put the old job back on the board.
+    yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
 
 def _ended(found: Snapshot, studio: Studio, root: str) -> Update:

@@ -198,6 +198,7 @@ def test_two_tabs_of_one_visitor_do_not_disturb_each_other(visit: Any, server: S
     ask(second, "tab two", 2)
     second.wait_for_function("document.querySelector('.asked')?.innerText.includes('tab two')")
     assert "tab one" in first.inner_text(".asked")
+    second.wait_for_function("sessionStorage.getItem('dualparal-job') === document.querySelector('.board').dataset.job")
     visit.reload(second)
     second.wait_for_function("document.querySelector('.asked')?.innerText.includes('tab two')")
     wait_state(first, "finished")
