@@ -289,6 +289,41 @@ def test_bad_settings_are_refused_before_anything_is_queued(visit: Any, server: 
     wait_state(page, "finished")
 
 
+def test_an_example_starts_with_one_click(visit: Any, server: Server) -> None:
+    page = visit()
+    words = page.inner_text(".example >> nth=0").removeprefix("▸ ")
+    page.click(".example >> nth=0")
+    wait_state(page, "finished")
+    assert words in page.inner_text(".asked")
+    assert page.input_value("#prompt textarea") == words
+
+
+def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path: Path) -> None:
+    one = visit()
+    one.click("#advanced button")
+    one.get_by_label("Flow shift", exact=False).first.wait_for()
+    assert one.get_by_text("Switch between experts").count() == 0
+    served = Server(tmp_path / "two", item_s=0.01, num_experts=2)
+    page = browser.new_page()
+    page.set_default_timeout(DEADLINE_MS)
+    try:
+        page.goto(served.url)
+        page.wait_for_selector(".estimate b")
+        page.click("#advanced button")
+        for label, value in (("Guidance, low-noise expert", "3.5"), ("Switch between experts", "0.9")):
+            page.locator(f"#advanced .block:has-text('{label}') input[type=number]").first.fill(value)
+            page.keyboard.press("Tab")
+        shoot(page, "two-experts", full_page=True)
+        page.fill("#prompt textarea", "a wave")
+        page.click("#generate")
+        wait_state(page, "finished")
+        stored = JobFolder(served.engine.outputs / job_of(page)).request()
+        assert (stored.guidance_scale_2, stored.boundary_ratio) == (3.5, 0.9)
+    finally:
+        page.close()
+        served.close()
+
+
 def test_an_older_estimate_does_not_overwrite_a_newer(visit: Any, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     page = visit()
     ask(page, "teaches the estimate", 8)

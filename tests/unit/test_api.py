@@ -295,6 +295,20 @@ def test_only_the_outputs_folder_is_served(server: Server) -> None:
         assert httpx.get(f"{server.url}gradio_api/file={path}").status_code in (403, 404)
 
 
+def test_an_upload_above_the_limit_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualparal.ui.serve.MAX_UPLOAD", "100kb")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    made = Server(tmp_path / "outputs")
+    try:
+        for size, code in ((50_000, 200), (150_000, 413)):
+            answer = httpx.post(f"{made.url}gradio_api/upload", files={"files": ("video.mp4", b"0" * size, "video/mp4")})
+            assert answer.status_code == code, answer.text
+        kept = [path.stat().st_size for path in (tmp_path / "uploads").rglob("*") if path.is_file()]
+        assert kept == [50_000]
+    finally:
+        made.close()
+
+
 def test_events_of_the_page_cannot_be_called_by_name_or_past_the_queue(server: Server) -> None:
     config = httpx.get(f"{server.url}config").json()
     private = [d["id"] for d in config["dependencies"] if d["api_visibility"] == "private" and d["queue"] is not False]

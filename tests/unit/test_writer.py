@@ -340,4 +340,4 @@ def test_thumbnail_is_small_and_never_enlarged(tmp_path: Path) -> None:
 def test_importing_the_writer_needs_no_torch() -> None:
     source = f"import sys; sys.path.insert(0, {str(Path(writer_module.__file__).parents[2])!r})\n"
     source += "import dualparal.media.writer, dualparal.media.metadata; sys.exit('torch' in sys.modules)"
-    subprocess.run(["python", "-c", source], check=True)
+    subprocess.run([sys.executable, "-c", source], check=True)
