@@ -36,9 +36,7 @@ def _count(text: str) -> int:
 
 def _jobs(options: argparse.Namespace) -> int:
     outputs = outputs_folder(options.outputs)
-    found = list_facts(
-        outputs, owner=options.owner, states=options.state or STATES, skip=options.skip, limit=options.limit
-    )
+    found = list_facts(outputs, owner=options.owner, states=options.state or STATES, skip=options.skip, limit=options.limit)
     if not found and not options.json:
         print(f"no such job in {outputs}", file=sys.stderr)
     for facts in found:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from dualparal.core.plan import BlockPlan
+from dualparal.core.rules import settle_rules
 from dualparal.errors import EngineError, JobCancelled, QueueFull, error_from_wire
 from dualparal.events import FINAL, BlockReady, Cancelled, Event, Failed, Finished, Progress, Queued, Started
 from dualparal.media.writer import VideoWriter
@@ -147,7 +148,7 @@ class FakeEngine:
         self.close()
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
-        return request.resolve(self.preset, num_experts=self.num_experts, boundary_ratio=0.875)
+        return settle_rules(request.resolve(self.preset, num_experts=self.num_experts, boundary_ratio=0.875), self.ranks)
 
     def plan(self, request: GenerationRequest, *, is_short: bool = False) -> SimpleNamespace:
         """Bytes grow with the picture; more than `has_bytes` is refused."""

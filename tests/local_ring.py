@@ -66,9 +66,7 @@ class LocalLinks:
 _stages: dict[tuple[Any, ...], Stage] = {}
 
 
-def stages_of(
-    checkpoint: Checkpoint, ranks: int, layer_split: Sequence[int] | None, dtype: str, **options: Any
-) -> list[Stage]:
+def stages_of(checkpoint: Checkpoint, ranks: int, layer_split: Sequence[int] | None, dtype: str, **options: Any) -> list[Stage]:
     """Stages are kept: many tests share a checkpoint and a split."""
     found = []
     for layers in split_layers(checkpoint.num_layers, ranks, layer_split):

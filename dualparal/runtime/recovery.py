@@ -40,9 +40,7 @@ def _note(folder: JobFolder) -> str | None:
         reason = "the program was ended before the job was done, and the tensors it was given are not kept; submit it again"
     last = next((event for event in reversed(events) if isinstance(event, (Started, Queued, Interrupted))), None)
     if isinstance(last, Started):
-        folder.append(
-            Interrupted(job_id=folder.job_id, kind="EngineError", message="the program was ended while the job ran")
-        )
+        folder.append(Interrupted(job_id=folder.job_id, kind="EngineError", message="the program was ended while the job ran"))
         if sum(isinstance(event, Interrupted) for event in events) >= MAX_INTERRUPTIONS:
             reason = f"the job was cut off {MAX_INTERRUPTIONS + 1} times; resume it by hand to try again"
     if reason is not None:

@@ -11,22 +11,26 @@ import gradio as gr
 
 from dualparal.errors import RequestError
 from dualparal.presets import Preset
-from dualparal.request import CONTEXTS, SCHEDULES, TEMPORAL_FACTOR, GenerationRequest, frames_of_latents
+from dualparal.request import CONTEXTS, TEMPORAL_FACTOR, GenerationRequest, frames_of_latents
+from dualparal.ui import pace
 from dualparal.ui.studio import Studio
 
 NAMES = (
-    "prompt", "negative_prompt", "preset", "seconds", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2",
-    "flow_shift", "boundary_ratio", "num_per_block", "num_cat", "schedule", "context", "width", "height",
+    "prompt", "negative_prompt", "preset", "seconds", "seed", "pace", "num_inference_steps", "guidance_scale",
+    "guidance_scale_2", "flow_shift", "boundary_ratio", "num_per_block", "num_cat", "context", "width", "height", "rules",
 )  # fmt: skip
 WHOLE = ("num_inference_steps", "num_per_block", "num_cat", "width", "height")
 LENGTH_INFO = "More seconds take more time, hardly more memory."
-CHOICES = {"schedule": SCHEDULES, "context": CONTEXTS}
+CHOICES = {"context": CONTEXTS}
 TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
 
 
 @dataclass(frozen=True)
 class Form:
-    """The form's components by name; `inputs` and the values that come back from the page are in the order of NAMES."""
+    """The form's components by name; `inputs` and the values that come back from the page are in the order of NAMES.
+
+    "pace" is a place of `ui/pace.py`. "rules" is not shown: the exact schedule of a request that was filled in, or None.
+    """
 
     parts: dict[str, Any]
     dice: gr.Button
@@ -56,6 +60,10 @@ def build(studio: Studio) -> Form:
         info=preset.hardware or None, elem_id="preset",
     )  # fmt: skip
     parts["seconds"] = gr.Slider(**at["seconds"], label="Length in seconds", info=LENGTH_INFO, elem_id="seconds")
+    parts["pace"] = gr.Slider(
+        pace.SMOOTHEST, pace.SOONEST, pace.of_preset(preset), step=1, label=pace.LABEL, info=pace.INFO, elem_id="pace"
+    )
+    parts["rules"] = gr.State(None)
     with gr.Row(elem_classes="seed-row"):
         # A text box: Gradio's Number shows an empty value as 0, and a browser's numbers end at 2**53.
         parts["seed"] = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, min_width=80, elem_id="seed")
@@ -81,7 +89,6 @@ ADVANCED = {
     "flow_shift": ("Flow shift", "Higher spends more steps on the rough composition; larger pictures want more."),
     "num_per_block": ("Latent frames per block", "Longer blocks are steadier and need more memory."),
     "num_cat": ("Context", "Latent frames of each neighbour a block sees; 0 makes blocks independent."),
-    "schedule": ("Schedule", "“paper” denoises all blocks together; “preview” keeps few in flight and shows them sooner."),
     "context": ("Left context", "“recomputed” as in the paper; “cached” keeps the neighbour’s keys and values: less work."),
 }
 
@@ -125,7 +132,12 @@ def read(studio: Studio, values: Sequence[Any]) -> tuple[GenerationRequest, Any]
     if studio.engine.num_experts < 2:
         found["guidance_scale_2"] = found["boundary_ratio"] = None
     found["negative_prompt"] = found["negative_prompt"] or None
-    return GenerationRequest(fps=preset.fps, **found), preset_name
+    place, rules = found.pop("pace"), found.pop("rules")
+    if place not in range(pace.SMOOTHEST, pace.SOONEST + 1):
+        raise RequestError(f"smoothest to soonest is a whole number from {pace.SMOOTHEST} to {pace.SOONEST}", "schedule")
+    request = GenerationRequest(fps=preset.fps, **found)
+    chosen = rules if rules else pace.fields(studio, request, preset_name, int(place))
+    return request.model_copy(update=chosen), preset_name
 
 
 def _seed(text: object) -> int | None:
@@ -146,6 +158,7 @@ def fill(studio: Studio, request: GenerationRequest, preset_name: object = None)
     assert resolved.latents_num
     stored = resolved.model_dump()
     stored["preset"] = preset.name
+    stored["pace"], stored["rules"] = pace.of_request(studio, resolved, preset.name), pace.exact(resolved)
     stored["seconds"] = (frames_of_latents(resolved.latents_num) - 1) / preset.fps
     stored["seed"] = str(resolved.seed)
     if stored["negative_prompt"] == preset.negative_prompt:
@@ -169,6 +182,10 @@ def choose_preset(studio: Studio, preset_name: str) -> list[Any]:
             updates.append(gr.update(**at[name]))
         elif name in ("width", "height", *CHOICES):
             updates.append(gr.update(value=getattr(preset, name)))
+        elif name == "pace":
+            updates.append(gr.update(value=pace.of_preset(preset)))
+        elif name == "rules":
+            updates.append(gr.update(value=None))
         elif name == "negative_prompt":
             updates.append(gr.update(placeholder=preset.negative_prompt[:80] or "what it should not show"))
         elif name == "preset":

@@ -63,9 +63,7 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """The finished page with its API."""
-        with gr.Blocks(
-            title="DualParal Studio", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True
-        ) as page:
+        with gr.Blocks(title="DualParal Studio", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
             self._lay_out()
             self._wire(page)
             api.add_endpoints(self.studio)
@@ -80,7 +78,7 @@ class Page:
         self.gallery_page = gr.State(0)
         self.timer = gr.Timer(TICK_S)
         with gr.Row(elem_id="masthead"):
-            gr.HTML('<h1>DualParal <span>Studio</span></h1>', apply_default_css=False, elem_id="brand")
+            gr.HTML("<h1>DualParal <span>Studio</span></h1>", apply_default_css=False, elem_id="brand")
             self.chip = gr.HTML(panels.engine_chip(self.studio), apply_default_css=False, elem_id="chip")
         with gr.Row(elem_id="desk"):
             with gr.Column(elem_id="composer", scale=4, min_width=320):
@@ -94,7 +92,12 @@ class Page:
                 )
             with gr.Column(elem_id="stage", scale=7, min_width=320):
                 self.video = LiveVideo(
-                    streaming=True, label="Live video", show_label=False, autoplay=True, interactive=False, buttons=[],
+                    streaming=True,
+                    label="Live video",
+                    show_label=False,
+                    autoplay=True,
+                    interactive=False,
+                    buttons=[],
                     elem_id="video",
                 )
                 with gr.Column(elem_id="idle") as self.idle:
@@ -129,6 +132,7 @@ class Page:
             self._then_follow(filled.then(self._start, [browser, *inputs], [self.job_id, self.queue], **QUIET))
         self.stop.click(self._stop, [browser, self.job_id], self.stop, queue=False, **QUIET)
         self.form.dice.click(form.roll, None, self.form.parts["seed"], queue=False, **QUIET)
+        self.form.parts["pace"].input(lambda: None, None, self.form.parts["rules"], queue=False, **QUIET)
         self.form.parts["preset"].input(self._choose_preset, self.form.parts["preset"], inputs, **QUIET)
         changes = [part.change for part in inputs[2:]]
         gr.on(changes, self._estimate, inputs, self.estimate, trigger_mode="always_last", **IN_ORDER, **QUIET)

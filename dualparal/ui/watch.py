@@ -19,9 +19,7 @@ TELL_EVERY_S = 0.9
 Update = tuple[Any, Any, Any, Any, Any]
 
 
-async def watch(
-    studio: Studio, job_id: str, owner: str, root: str, is_current: Callable[[], bool]
-) -> AsyncIterator[Update]:
+async def watch(studio: Studio, job_id: str, owner: str, root: str, is_current: Callable[[], bool]) -> AsyncIterator[Update]:
     """Yield what changes on the page until the job has ended or the tab watches something else.
 
     A job that has already ended is shown at once; a running one is played from its first block, however late the tab came.

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from dualparal.core.rules import plan_of
 from dualparal.errors import OutputError, RequestError
 from dualparal.events import BlockReady
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.journal import JobFolder
-from dualparal.ui import charts, form, gallery, owners, panels, snapshot, words
+from dualparal.ui import charts, form, gallery, owners, pace, panels, snapshot, words
 from dualparal.ui.live_video import LiveVideo
 from dualparal.ui.snapshot import Span
 from dualparal.ui.studio import Studio
@@ -126,7 +127,7 @@ def test_presets_of_another_model_are_refused_with_the_way_out(studio: Studio) -
 def form_values(studio: Studio, **changes: Any) -> list[Any]:
     at = form.ranges(studio.engine.preset)
     values = {name: at[name]["value"] for name in at}
-    values |= {"prompt": "a kite", "negative_prompt": "", "preset": "pocket", "seed": "", "schedule": "paper"}
+    values |= {"prompt": "a kite", "negative_prompt": "", "preset": "pocket", "seed": "", "pace": 0, "rules": None}
     values |= {"context": "recomputed", "width": 96, "height": 96, **changes}
     return [values[name] for name in form.NAMES]
 
@@ -138,6 +139,30 @@ def test_form_reads_back_what_it_was_filled_with(studio: Studio) -> None:
     values = [update["value"] for update in form.fill(studio, wanted)]
     request, preset_name = form.read(studio, values)
     assert studio.resolve(request, preset_name) == wanted
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_pace_goes_from_all_blocks_at_once_to_the_fewest(tmp_path: Path, ranks: int) -> None:
+    with FakeEngine(outputs=tmp_path, ranks=ranks) as engine:
+        long = Studio(engine, {})  # type: ignore[arg-type]
+        found = []
+        for place in range(4):
+            request, name = form.read(long, form_values(long, pace=place, seconds=40.0))
+            found.append(long.resolve(request, name))
+        assert [r.schedule for r in found] == ["paper", "preview", "preview", "preview"]
+        in_flight = [r.max_in_flight or 0 for r in found[1:]]
+        assert in_flight == sorted(in_flight, reverse=True)
+        # The left end puts more blocks in flight than any other place, because all of them are.
+        assert in_flight[0] <= plan_of(found[0]).num_blocks and in_flight[0] > in_flight[-1]
+        assert [pace.of_request(long, r, None) for r in found] == [0, 1, 2, 3]
+
+
+def test_a_schedule_set_by_hand_survives_the_form(studio: Studio) -> None:
+    wanted = studio.resolve(
+        GenerationRequest(prompt="x", seconds=8, schedule="preview", max_in_flight=7, stagger=2, micro_batches=True)
+    )
+    request, _ = form.read(studio, [update["value"] for update in form.fill(studio, wanted)])
+    assert studio.resolve(request) == wanted
 
 
 @pytest.mark.parametrize("latents_num", [1, 2, 3, 17, 400])
@@ -162,7 +187,10 @@ def test_every_length_survives_the_slider(studio: Studio, latents_num: int) -> N
         ({"preset": "nope"}, "unknown"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"seconds": float("inf")}, "seconds"),
-        ({"schedule": ["paper"]}, "schedule"),
+        ({"pace": 4}, "smoothest to soonest"),
+        ({"pace": float("nan")}, "smoothest to soonest"),
+        ({"pace": ["paper"]}, "smoothest to soonest"),
+        ({"pace": 2, "width": 97}, "96 or 112"),
     ],
 )
 def test_form_refuses_with_a_sentence(studio: Studio, changes: dict[str, Any], words_: str) -> None:
