@@ -38,7 +38,7 @@ def watched(engine: Engine) -> Iterator[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--latents", type=int, nargs="+", default=[12, 48, 192])
+    parser.add_argument("--latents", type=int, nargs="+", default=[12, 48, 144])
     options = parser.parse_args()
     folder = checkpoint("heavy", num_layers=8, num_heads=16, head_dim=64, ffn_dim=8192)
     print(hardware())

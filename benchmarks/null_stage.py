@@ -35,9 +35,9 @@ class NullStage:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
 
-    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor:
+    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None:
         if self._stage.is_last:
-            return torch.zeros(self._stage.prediction_shape(item))
+            return torch.zeros(self._stage.prediction_shape(item)) if item.is_whole else None
         return torch.zeros(self._stage.hidden_shape(item))
 
 
