@@ -18,7 +18,7 @@ from typing import Any
 
 from dualparal import __version__
 from dualparal.cli_jobs import add_jobs_command
-from dualparal.cli_plan import add_plan_command
+from dualparal.cli_plan import add_low_memory_flags, add_plan_command
 from dualparal.cli_progress import follow
 from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetError, RequestError
 from dualparal.events import Finished
@@ -154,6 +154,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--threads", type=int, metavar="N", help="CPU threads per process")
     engine.add_argument("--attention", metavar="NAME", help="attention backend of diffusers: native, flash, sage, ...")
     engine.add_argument("--compile", action="store_true", help="run layers through torch.compile")
+    add_low_memory_flags(engine.add_argument)
     engine.add_argument("--vae_dtype", help="dtype of the VAE (default: the preset's)")
     engine.add_argument("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
     engine.add_argument(
@@ -179,7 +180,7 @@ def make_engine(options: argparse.Namespace) -> Any:
         model, preset=preset, ranks=options.ranks, device=options.device, dtype=options.dtype, threads=options.threads,
         layer_split=layer_counts(options.layer_split), outputs=options.outputs, verbose=options.verbose,
         attention=options.attention, compile=options.compile, vae_dtype=options.vae_dtype,
-        text_encoder=options.text_encoder, loras=options.lora,
+        quantization=options.quantization, offload=options.offload, text_encoder=options.text_encoder, loras=options.lora,
     )  # fmt: skip
 
 
@@ -231,6 +232,7 @@ def _resume(options: argparse.Namespace) -> int:
     options.lora = options.lora or record.get("loras", [])
     options.attention = options.attention or record.get("attention")
     options.compile = options.compile or bool(record.get("compile"))
+    options.quantization = options.quantization or record.get("quantization")
     options.vae_dtype = options.vae_dtype or record.get("vae_dtype")
     engine = make_engine(options)
     if options.save_file:

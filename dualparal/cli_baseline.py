@@ -21,8 +21,10 @@ def run_baseline_job(
     Raises what the pipeline raised, as an error of ours, or `JobCancelled` on Ctrl-C.
     """
     changes = engine.changes()
-    if changes.keys() & {"loras", "attention", "compile"}:
-        raise RequestError("the baseline is diffusers as it is; leave --lora, --attention and --compile out", "baseline")
+    if changes.keys() & {"loras", "attention", "compile", "quantization"}:
+        raise RequestError(
+            "the baseline is diffusers as it is; leave --lora, --attention, --compile and --quantization out", "baseline"
+        )
     devices, _ = place(device, 1)
     folder = JobFolder.create(
         engine.outputs, job_id, request, model=str(engine.checkpoint.folder), preset=engine.preset.name, ranks=1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from dualparal.core.estimate import format_plan, gigabytes
 from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, plan_job
@@ -21,7 +22,7 @@ from dualparal.presets import Preset, find_preset, load_presets
 from dualparal.request import GenerationRequest
 from dualparal.runtime.calibration import load_speed, store_speed
 from dualparal.runtime.devices import bytes_per_device, count_gpus
-from dualparal.runtime.engine_options import dtype_name, layer_counts
+from dualparal.runtime.engine_options import QUANTIZATIONS, check_offload, dtype_name, layer_counts
 
 
 def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Callable[..., None]) -> None:
@@ -38,12 +39,19 @@ def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Ca
     devices.add_argument("--layer_split", metavar="N,N,...", help="layers per rank (default: even)")
     devices.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="plan for GPUs or for this CPU")
     devices.add_argument("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
+    add_low_memory_flags(devices.add_argument)
     devices.add_argument("--vae_dtype", help="dtype of the VAE (default: the preset's)")
     devices.add_argument("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
     speed = parser.add_argument_group("the times")
     speed.add_argument("--flops", type=float, metavar="TFLOPS", help="10^12 FLOP/s of one device, instead of a calibration")
     speed.add_argument("--calibrate", action="store_true", help="measure this host's device first, and remember it")
     parser.set_defaults(run=run_plan)
+
+
+def add_low_memory_flags(add: Callable[..., Any]) -> None:
+    """The flags that `generate`, `resume`, `serve` and `plan` share; `add` is a parser's or group's `add_argument`."""
+    add("--quantization", choices=QUANTIZATIONS, help="8-bit weights of the layers (changes the numbers; int8 needs torchao)")
+    add("--offload", action="store_true", help="layers wait in host memory and come to the GPU one by one")
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -81,7 +89,8 @@ def describe(plan: JobPlan, speed_source: str) -> str:
         f"{plan.num_frames} frames ({plan.num_frames / request.fps:.1f} s) of {request.width}x{request.height} in "
         f"{blocks.num_blocks} blocks of {request.num_per_block} latents with {request.num_cat} of context, "
         f"{request.num_inference_steps} steps, {plan.workload.schedule.num_in_flight()} blocks in flight at most",
-        f"{ranks} rank{'s' * (ranks > 1)} with {', '.join(map(str, placement.layers))} layers in {placement.dtype}; codec "
+        f"{ranks} rank{'s' * (ranks > 1)} with {', '.join(map(str, placement.layers))} layers in {placement.dtype}"
+        f"{_low_memory(placement)}; codec "
         f"(text encoder, VAE in {placement.vae_dtype}) on "
         f"{where if placement.on_gpu else 'the CPU'}; the text encoder {text}",
         "",
@@ -98,10 +107,15 @@ def describe(plan: JobPlan, speed_source: str) -> str:
     busy = ", ".join(f"{share:.0%}" for share in plan.forecast.busy)
     return "\n".join([
         *lines, "",
-        f"Time at {speed_source}, with loading and text encoding left out:",
+        f"Time at {speed_source}, with loading, text encoding{', layers on their way' * placement.is_offloaded} left out:",
         f"  a sweep up to {duration(plan.sweep_s)}, first frames after {duration(plan.first_frames_s)}, "
         f"all after {duration(plan.total_s)}; stages busy {busy}",
     ])  # fmt: skip
+
+
+def _low_memory(placement: Placement) -> str:
+    stored = f" (weights in {placement.quantization})" if placement.quantization else ""
+    return stored + (", which wait in host memory" if placement.is_offloaded else "")
 
 
 def duration(seconds: float) -> str:
@@ -137,6 +151,8 @@ def _placement(options: argparse.Namespace, preset: Preset, model: ModelSizes) -
         on_gpu=not is_cpu,
         bytes_per_device=_memory(options.gpu_memory, is_cpu),
         text_encoder=options.text_encoder,
+        quantization=options.quantization,
+        is_offloaded=check_offload(options.offload, on_gpu=not is_cpu, quantization=options.quantization, is_compiled=False),
     )
 
 

@@ -43,11 +43,13 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`ranks[r]` for each rank; `layers[r]` its layers; `codec` is the codec's need wherever it runs."""
+    """`ranks[r]` for each rank; `layers[r]` its layers; `codec` is the codec's need wherever it runs; `host` are the bytes of
+    all ranks' offloaded layers in host memory."""
 
     ranks: tuple[RankMemory, ...]
     layers: tuple[int, ...]
     codec: int
+    host: int = 0
 
     @property
     def most(self) -> int:
@@ -108,23 +110,27 @@ def memory_plan(
     vae_bytes: int | None = None,
     num_texts: int = 1,
     on_gpu: bool = True,
+    quantization: str | None = None,
+    is_offloaded: bool = False,
 ) -> MemoryPlan:
     """The memory of every rank for `workload` at `height` x `width` pixels.
 
     `codec_rank`: the rank whose device the codec shares, None when it has its own. `text_encoder_bytes` and `vae_bytes`
-    default to UMT5-XXL in `dtype` and Wan's VAE in float32. `num_texts`: different prompts in one job.
+    default to UMT5-XXL in `dtype` and Wan's VAE in float32. `num_texts`: different prompts in one job. `quantization`: fp8 or
+    int8. `is_offloaded`: layers wait in host memory, two at a time are on the device.
     """
     sizes, schedule, width_bytes = workload.sizes, workload.schedule, DTYPE_BYTES[dtype]
     ends = [sum(workload.layers[: rank + 1]) for rank in range(len(workload.layers))]
     stages = [range(end - count, end) for end, count in zip(ends, workload.layers, strict=True)]
     per_cached_frame = 2 * workload.tokens_per_frame * sizes.dim * width_bytes  # K and V, per layer and guidance half
     cached = most_cached_frames(workload)
-    peak = max(_layer_peak(workload, item, width_bytes) for item in _distinct(workload))
+    unpacked = _unpacked_bytes(sizes, width_bytes, quantization)
+    peak = max(_layer_peak(workload, item, width_bytes, unpacked) for item in _distinct(workload))
     message = max(_hidden_bytes(workload, item, width_bytes) for item in _distinct(workload))
     codec = codec_bytes(schedule, height, width, dtype, text_encoder_bytes, vae_bytes)
     ranks = tuple(
         RankMemory(
-            weights=sizes.share(stage).num_bytes(dtype) * num_experts,
+            weights=_weights_bytes(sizes, stage, dtype, quantization, num_experts, is_offloaded),
             feature_cache=cached * per_cached_frame * len(stage),
             activations=peak,
             messages=_messages(rank, len(stages)) * message,
@@ -135,7 +141,23 @@ def memory_plan(
         )
         for rank, stage in enumerate(stages)
     )
-    return MemoryPlan(ranks, workload.layers, codec)
+    host = sizes.layer.num_bytes(dtype, quantization) * sum(workload.layers) * num_experts if is_offloaded else 0
+    return MemoryPlan(ranks, workload.layers, codec, host)
+
+
+def _weights_bytes(
+    sizes: DiTSizes, stage: range, dtype: str, quantization: str | None, num_experts: int, is_offloaded: bool
+) -> int:
+    """Weights of one rank on its device: of offloaded layers the one that runs and the next."""
+    layer, whole = sizes.layer.num_bytes(dtype, quantization), sizes.share(stage).num_bytes(dtype, quantization)
+    if not is_offloaded:
+        return whole * num_experts
+    return (whole - layer * len(stage)) * num_experts + layer * min(2, len(stage))
+
+
+def _unpacked_bytes(sizes: DiTSizes, width_bytes: int, quantization: str | None) -> int:
+    """The largest matrix of a layer in the stage's dtype, which is there while it is multiplied."""
+    return sizes.ffn_dim * sizes.dim * width_bytes if quantization else 0
 
 
 def most_cached_frames(workload: Workload) -> int:
@@ -182,7 +204,10 @@ def format_plan(plan: MemoryPlan) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     where = "on a rank's device (included above)" if any(rank.codec for rank in plan.ranks) else "on a device of its own"
     total = sum(rank.total for rank in plan.ranks)
-    return "\n".join([*lines, f"All ranks: {gigabytes(total)}. Codec: {gigabytes(plan.codec)}, {where}. GB = 10^9 bytes."])
+    host = f" Offloaded layers: {gigabytes(plan.host)} of host memory." if plan.host else ""
+    return "\n".join(
+        [*lines, f"All ranks: {gigabytes(total)}. Codec: {gigabytes(plan.codec)}, {where}.{host} GB = 10^9 bytes."]
+    )
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -202,13 +227,14 @@ def _hidden_bytes(workload: Workload, item: Item, width_bytes: int) -> int:
     return workload.halves_of(item) * window * workload.tokens_per_frame * workload.sizes.dim * width_bytes
 
 
-def _layer_peak(workload: Workload, item: Item, width_bytes: int) -> int:
+def _layer_peak(workload: Workload, item: Item, width_bytes: int, unpacked: int) -> int:
     """Bytes alive at the worst moment of a layer, all tensors [B, tokens, D] counted in the stage's dtype or in float32.
 
     Rotating K: the layer's input, its norm, q, rotated q (queries); k, v, rotated k (keys); k in float32 and its product
     with the rotation. Attention: the same without float32, and its output. Feed-forward: the layer's input, the state after
     attention, the text's share, norm, and the inner tensor before and after GELU. Residual: the same with the output for the
-    inner tensors, and state, output and their sum in float32. In a float32 model casts make no copies.
+    inner tensors, and state, output and their sum in float32. In a float32 model casts make no copies. `unpacked` bytes of an
+    8-bit matrix are there in the feed-forward.
     """
     window, keys = query_and_key_frames(workload.schedule, item)
     per_token = workload.halves_of(item) * workload.tokens_per_frame * workload.sizes.dim
@@ -216,7 +242,7 @@ def _layer_peak(workload: Workload, item: Item, width_bytes: int) -> int:
     rotating = (4 * queries + (2 + cast) * seen) * width_bytes + (1 + cast) * seen * 4
     attention = (5 * queries + 3 * seen) * width_bytes
     inner = queries * workload.sizes.ffn_dim // workload.sizes.dim
-    feed_forward = (4 * queries + 2 * inner) * width_bytes
+    feed_forward = (4 * queries + 2 * inner) * width_bytes + unpacked
     residual = 5 * queries * width_bytes + (1 + 2 * cast) * queries * 4
     return max(rotating, attention, feed_forward, residual)
 

@@ -40,7 +40,8 @@ class Placement:
     """Which part runs where: `layers[r]` layers on rank r, each rank on a GPU of its own or all on this host's CPU.
 
     `codec_rank`: the rank whose GPU the codec shares, None for a GPU of its own. `bytes_per_device`: of each GPU, or of the
-    host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised).
+    host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised). `quantization`: None,
+    fp8 or int8. `is_offloaded`: layers wait in host memory.
     """
 
     layers: tuple[int, ...]
@@ -50,6 +51,8 @@ class Placement:
     on_gpu: bool = True
     bytes_per_device: int | None = None
     text_encoder: str = "keep"
+    quantization: str | None = None
+    is_offloaded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +178,7 @@ def _memory(workload: Workload, request: GenerationRequest, model: ModelSizes, p
     plan = memory_plan(
         workload, height=request.height, width=request.width, dtype=placement.dtype, num_experts=model.num_experts,
         codec_rank=placement.codec_rank, text_encoder_bytes=0, vae_bytes=vae_bytes, on_gpu=placement.on_gpu,
+        quantization=placement.quantization, is_offloaded=placement.is_offloaded,
     )  # fmt: skip
     # Encoding and decoding never happen at once: a text encoder that leaves the device makes room for the decoder's work.
     is_kept = placement.text_encoder == "keep" or (not placement.on_gpu and placement.text_encoder == "cpu")

@@ -1,4 +1,5 @@
-"""What to change so that a job fits its devices: text encoder away, another layer split, smaller blocks, more GPUs.
+"""What to change so that a job fits its devices: text encoder away, another layer split, layers in host memory, 8-bit weights,
+smaller blocks, more GPUs.
 
 Every proposal is a whole plan that fits, so that its cost in time can be shown beside it. Pure arithmetic on `job_plan`.
 """
@@ -30,13 +31,21 @@ def propose(request: GenerationRequest, model: ModelSizes, placement: Placement,
     """
     if placement.bytes_per_device is None or plan_job(request, model, placement, is_short=True).refusal is None:
         return []
-    found = [*_first_fitting(_same_video(request, model, placement), model, 2)]
-    found += _first_fitting(_smaller_blocks(request, model, placement), model, 2)
+    found = _first_fitting(_same_video(request, model, placement), model, 2)
+    smaller = _first_fitting(_smaller_blocks(request, model, placement), model, 2)
+    for option in (_offloaded(request, model, placement), _quantized(request, model, placement)):
+        # Worth it only where it leaves larger blocks.
+        found += [it for it in _first_fitting(option, model, 1) if not smaller or _blocks(it) != _blocks(smaller[0])]
+    found += smaller
     found += _first_fitting(_more_ranks(request, model, placement), model, 1)
     return [Proposal(flags, plan_job(asked, model, where, speed=speed)) for flags, asked, where in found]
 
 
 _Candidate = tuple[str, GenerationRequest, Placement]
+
+
+def _blocks(candidate: _Candidate) -> tuple[int | None, int | None]:
+    return candidate[1].num_per_block, candidate[1].num_cat
 
 
 def _first_fitting(candidates: Iterator[_Candidate], model: ModelSizes, most: int) -> list[_Candidate]:
@@ -83,6 +92,25 @@ def _split(flags: str, request: GenerationRequest, model: ModelSizes, placement:
     if layers != placement.layers:
         split = f"--layer_split {','.join(map(str, layers))}"
         yield _joined(flags, split), request, replace(placement, layers=layers)
+
+
+def _offloaded(request: GenerationRequest, model: ModelSizes, placement: Placement) -> Iterator[_Candidate]:
+    """Layers that wait in host memory: the same bits, slower where windows are short."""
+    if placement.on_gpu and not placement.is_offloaded and placement.quantization != "int8":
+        yield from _as_is_or_smaller("--offload", request, model, replace(placement, is_offloaded=True))
+
+
+def _quantized(request: GenerationRequest, model: ModelSizes, placement: Placement) -> Iterator[_Candidate]:
+    """Weights in 8 bits: nearly the same video."""
+    if placement.quantization is None:
+        yield from _as_is_or_smaller("--quantization fp8", request, model, replace(placement, quantization="fp8"))
+
+
+def _as_is_or_smaller(option: str, request: GenerationRequest, model: ModelSizes, placement: Placement) -> Iterator[_Candidate]:
+    for text, where in _without_text(placement):
+        yield _joined(text, option), request, where
+    for flags, asked, where in _smaller_blocks(request, model, placement):
+        yield _joined(option, flags), asked, where
 
 
 def _smaller_blocks(request: GenerationRequest, model: ModelSizes, placement: Placement) -> Iterator[_Candidate]:

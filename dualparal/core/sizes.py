@@ -31,23 +31,34 @@ PUBLISHED_MODELS: dict[str, tuple[dict[str, Any], int]] = {
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters held in the model's dtype, and those upstream keeps in float32 (`_keep_in_fp32_modules`)."""
+    """Parameters held in the model's dtype, and those upstream keeps in float32 (`_keep_in_fp32_modules`).
+
+    Of the first, `matrices` are weights of the layers' linear modules and `biases` theirs: what 8-bit quantisation stores.
+    """
 
     cast: int
     float32: int
+    matrices: int = 0
+    biases: int = 0
 
     @property
     def count(self) -> int:
         return self.cast + self.float32
 
-    def num_bytes(self, dtype: str) -> int:
-        return self.cast * DTYPE_BYTES[dtype] + self.float32 * 4
+    def num_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Bytes in `dtype`. Matrices and biases take one byte each in fp8; in int8 matrices do, and each output 5 more for its
+        scale and zero point."""
+        plain = self.cast * DTYPE_BYTES[dtype] + self.float32 * 4
+        saved = {"fp8": self.matrices + self.biases, "int8": self.matrices}.get(quantization or "", 0)
+        return plain - saved * (DTYPE_BYTES[dtype] - 1) + self.biases * 5 * (quantization == "int8")
 
     def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(self.cast + other.cast, self.float32 + other.float32)
+        return Parameters(
+            self.cast + other.cast, self.float32 + other.float32, self.matrices + other.matrices, self.biases + other.biases
+        )
 
     def __mul__(self, times: int) -> Parameters:
-        return Parameters(self.cast * times, self.float32 * times)
+        return Parameters(self.cast * times, self.float32 * times, self.matrices * times, self.biases * times)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +104,11 @@ class DiTSizes:
         """One layer: two attentions of four projections and two norms, the feed-forward, a norm, six modulations."""
         attention = 4 * _linear(self.dim, self.dim) + 2 * self.dim
         ffn = _linear(self.dim, self.ffn_dim) + _linear(self.ffn_dim, self.dim)
-        return Parameters(2 * attention + ffn, 6 * self.dim + 2 * self.dim * self.has_cross_norm)
+        biases = 9 * self.dim + self.ffn_dim
+        return Parameters(
+            2 * attention + ffn, 6 * self.dim + 2 * self.dim * self.has_cross_norm,
+            matrices=2 * attention + ffn - biases - 4 * self.dim, biases=biases,
+        )  # fmt: skip
 
     @property
     def first_stage(self) -> Parameters:

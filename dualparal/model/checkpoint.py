@@ -21,6 +21,7 @@ from dualparal.errors import CheckpointError
 from dualparal.model.layout import Checkpoint, transformer_owners, transformer_shapes
 from dualparal.model.lora import LoraMerge
 from dualparal.model.lora_source import Lora
+from dualparal.model.low_memory import Quantizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,11 +39,12 @@ def load_transformer_share(
     dtype: torch.dtype,
     device: torch.device,
     loras: Sequence[Lora] = (),
+    quantization: str | None = None,
 ) -> WanTransformer3DModel:
     """A WanTransformer3DModel that holds `layers` only (the others are empty `nn.Identity`s without parameters).
 
     The patch and condition embedding are there iff `layers` starts at 0, the output head iff it ends at the last layer. `loras`
-    are merged in float32 before the cast.
+    are merged in float32 before the cast; `quantization` (fp8, int8) stores the layers' linear weights in 8 bits.
     Raises `CheckpointError` when a tensor is missing or has another shape.
     """
     config = checkpoint.config(component)
@@ -61,11 +63,16 @@ def load_transformer_share(
                 f"{tensors[key].file}: {key} has shape {list(tensors[key].shape)}, the config says {list(expected[key].shape)}"
             )
     merge = LoraMerge(loras, checkpoint.transformers.index(component), transformer_shapes(config)) if loras else None
+    quantizer = Quantizer(model, quantization, dtype)
     for key, value in _read({key: tensors[key].file for key in wanted}):
         target = torch.float32 if keeps_float32(key) else dtype
         if merge is not None:
             value = merge.apply(key, value)
-        set_module_tensor_to_device(model, key, device, value=value.to(device, target, copy=True), dtype=target)
+        stored = quantizer.storage_dtype(key, target)
+        value = value.to(device, target, copy=True).to(stored)
+        set_module_tensor_to_device(model, key, device, value=value, dtype=stored)
+        quantizer.after(key)
+    quantizer.finish()
     # Buffers of the meta model hold nothing; the table is small and is made anew, in upstream's precision.
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)

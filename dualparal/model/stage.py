@@ -20,6 +20,7 @@ from dualparal.model.checkpoint import DTYPES, load_transformer_share
 from dualparal.model.feature_cache import CrossAttention, KeyValue, SelfAttention, Surroundings
 from dualparal.model.layout import Checkpoint
 from dualparal.model.lora_source import Lora
+from dualparal.model.low_memory import Layers, offload_layers
 from dualparal.model.speedups import compile_layers, use_attention
 
 
@@ -60,16 +61,22 @@ class Stage:
         loras: Sequence[Lora] = (),
         attention: str | None = None,
         is_compiled: bool = False,
+        quantization: str | None = None,
+        is_offloaded: bool = False,
     ) -> None:
-        """`attention` is a backend of diffusers' dispatcher, `is_compiled` runs the layers through torch.compile: both change
-        bits. Raises `CheckpointError` for a bad file, `RequestError` for a backend that is not to be had."""
+        """`attention` is a backend of diffusers' dispatcher, `is_compiled` runs the layers through torch.compile,
+        `quantization` (fp8, int8) stores their weights in 8 bits: all three change bits. `is_offloaded` layers wait in host
+        memory. Raises `CheckpointError` for a bad file, `RequestError` for a backend that is not to be had."""
         self.layers = layers
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.is_first = layers.start == 0
         self.is_last = layers.stop == checkpoint.num_layers
+        home = torch.device("cpu") if is_offloaded else self.device
         self.models: list[WanTransformer3DModel] = [
-            load_transformer_share(checkpoint, component, layers, dtype=self.dtype, device=self.device, loras=loras)
+            load_transformer_share(
+                checkpoint, component, layers, dtype=self.dtype, device=home, loras=loras, quantization=quantization
+            )
             for component in checkpoint.transformers
         ]
         config = checkpoint.config("transformer")
@@ -78,19 +85,22 @@ class Stage:
         self.channels = int(config["in_channels"])
         self.max_frames = int(config.get("rope_max_seq_len") or 1024)
         self._texts: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.models]
-        self._selves: list[list[SelfAttention]] = []
         self._crosses: list[list[CrossAttention]] = []
+        self._layers: list[Layers] = []
         for model, texts in zip(self.models, self._texts, strict=True):
             own = [(number, model.blocks[number]) for number in layers]
-            self._selves.append([SelfAttention(number) for number, _ in own])
+            selves = [SelfAttention(number) for number, _ in own]
             self._crosses.append([CrossAttention(texts) for _ in own])
-            for (_, block), attn1, attn2 in zip(own, self._selves[-1], self._crosses[-1], strict=True):
+            for (_, block), attn1, attn2 in zip(own, selves, self._crosses[-1], strict=True):
                 block.attn1.set_processor(attn1)
                 block.attn2.set_processor(attn2)
             if attention is not None:
                 use_attention(model, attention, self.device)
             if is_compiled:
                 compile_layers([block for _, block in own])
+            self._layers.append(Layers([block for _, block in own], selves))
+            if is_offloaded:
+                offload_layers(model, self._layers[-1], self.device)
         self._shape: JobShape | None = None
         self._schedule: Schedule | None = None
         # K/V for other blocks, by guidance half: of the item just before; of each block's last pass.
@@ -168,10 +178,7 @@ class Stage:
             hidden = self._embed(model, incoming, shape.num_halves if item.half is None else 1)
         around = self._surroundings(item)
         text = (shape.text_of_block[item.block], item.half)
-        for number, attention in zip(self.layers, self._selves[item.expert], strict=True):
-            attention.surroundings = around
-            hidden = model.blocks[number](hidden, text, timestep_proj[item.step : item.step + 1], None)
-            attention.surroundings = None
+        hidden = self._layers[item.expert](hidden, text, timestep_proj[item.step : item.step + 1], around)
         if item.keeps_head:
             self._heads[item.half] = around.kept_head
         if item.keeps_tail:

@@ -31,7 +31,7 @@ from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
 from dualparal.runtime.devices import bytes_per_device, place
 from dualparal.runtime.dispatcher import Dispatcher
-from dualparal.runtime.engine_options import check_text_encoder, dtype_name
+from dualparal.runtime.engine_options import check_offload, check_quantization, check_text_encoder, dtype_name
 from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
 from dualparal.runtime.journal import JobFolder, find_job, new_job_id, outputs_folder
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 STATES = ("ready", "starting", "restarting", "failed")  # of an engine: the best of its replicas'
-CHANGES = ("loras", "attention", "compile", "vae_dtype")  # of a job's record; what the engine was told that changes numbers
+# Of a job's record: what the engine was told that changes numbers.
+CHANGES = ("loras", "attention", "compile", "quantization", "vae_dtype")
 
 
 class Engine:
@@ -78,6 +79,8 @@ class Engine:
         worker_hook: str | None = None,
         attention: str | None = None,
         compile: bool = False,
+        quantization: str | None = None,
+        offload: bool = False,
         vae_dtype: str | None = None,
         text_encoder: str = "keep",
         loras: Sequence[str] = (),
@@ -88,9 +91,10 @@ class Engine:
         (default: float32 on the CPU, the preset's on GPUs); `layer_split` layers per rank (default: even); `threads` CPU
         threads per process (default: the cores shared out; equal bits on different numbers of ranks need equal threads);
         `timeout_s` is the longest wait for another rank within a job; `attention` a backend of diffusers' dispatcher (native,
-        flash, sage, ...); `compile` runs layers through torch.compile; `vae_dtype` of the VAE (default: the preset's);
+        flash, sage, ...); `compile` runs layers through torch.compile; `quantization` fp8 or int8: 8-bit weights; `offload`:
+        layers wait in host memory and come to the GPU one by one; `vae_dtype` of the VAE (default: the preset's);
         `text_encoder` keep, free or cpu: where it is after encoding; `loras` "file, folder or hub id[:scale]". The last ones
-        but `text_encoder` change the numbers. Raises `RequestError`, `PresetError`, `CheckpointError`.
+        but `offload` and `text_encoder` change the numbers. Raises `RequestError`, `PresetError`, `CheckpointError`.
 
         Serving many: `replicas` worker groups take jobs from one queue; `auto_resume`: a job whose worker died goes on by
         itself, once; at most `max_queue` jobs wait, `max_per_owner` of one owner wait and run; videos of ended jobs are
@@ -117,11 +121,15 @@ class Engine:
             dtype=name, threads=threads or max(1, (os.cpu_count() or 1) // (ranks * replicas)), timeout_s=timeout_s,
             verbose=verbose, log_json=log_json, worker_hook=worker_hook, attention=attention, is_compiled=compile,
             vae_dtype=vae_dtype, text_encoder=check_text_encoder(text_encoder), text_cache=str(cache_folder() / "text"),
-            loras=find_loras(loras, self.num_experts),
+            loras=find_loras(loras, self.num_experts), quantization=check_quantization(quantization),
+            is_offloaded=check_offload(
+                offload, on_gpu=devices[0] != "cpu", quantization=quantization, is_compiled=compile
+            ),
         )  # fmt: skip
         self._sizes = sizes_of(self.checkpoint)
         self._placement = Placement(
             layers=tuple(len(stage) for stage in layers), dtype=name, vae_dtype=vae_dtype, text_encoder=text_encoder,
+            quantization=quantization, is_offloaded=offload,
             codec_rank=devices.index(codec_device) if devices[0] != "cpu" and codec_device in devices else None,
             on_gpu=devices[0] != "cpu", bytes_per_device=bytes_per_device(devices[0].partition(":")[0]),
         )  # fmt: skip
@@ -288,7 +296,7 @@ class Engine:
             changes["loras"] = [lora.label for lora in options.loras]
         for name, value, plain in (
             ("attention", options.attention, None), ("compile", options.is_compiled, False),
-            ("vae_dtype", options.vae_dtype, "float32"),
+            ("quantization", options.quantization, None), ("vae_dtype", options.vae_dtype, "float32"),
         ):  # fmt: skip
             if value != plain:
                 changes[name] = value

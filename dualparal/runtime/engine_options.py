@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from dualparal.errors import RequestError
 
 DTYPE_NAMES = {
@@ -9,6 +11,7 @@ DTYPE_NAMES = {
     "fp16": "float16", "half": "float16",
 }  # fmt: skip
 TEXT_ENCODER_PLACES = ("keep", "free", "cpu")
+QUANTIZATIONS = ("fp8", "int8")
 
 
 def dtype_name(given: object, default: str, field: str) -> str:
@@ -24,6 +27,26 @@ def check_text_encoder(place: str) -> str:
     if place not in TEXT_ENCODER_PLACES:
         raise RequestError(f"text_encoder={place!r} is not known; use {', '.join(TEXT_ENCODER_PLACES)}", "text_encoder")
     return place
+
+
+def check_quantization(name: str | None) -> str | None:
+    """`name` itself: None, fp8, or int8 where torchao is installed. Raises `RequestError`."""
+    if name is not None and name not in QUANTIZATIONS:
+        raise RequestError(f"quantization={name!r} is not known; use {' or '.join(QUANTIZATIONS)}", "quantization")
+    if name == "int8" and importlib.util.find_spec("torchao") is None:
+        raise RequestError("quantization=int8 needs the package torchao; install it, or use fp8", "quantization")
+    return name
+
+
+def check_offload(is_offloaded: bool, *, on_gpu: bool, quantization: str | None, is_compiled: bool) -> bool:
+    """`is_offloaded` itself. Raises `RequestError` where layers cannot wait in host memory."""
+    if is_offloaded and not on_gpu:
+        raise RequestError("offload moves layers between host and GPU; without a GPU leave it out", "offload")
+    if is_offloaded and quantization == "int8":
+        raise RequestError("offload cannot move int8 weights; use quantization=fp8", "offload")
+    if is_offloaded and is_compiled:
+        raise RequestError("offload and compile do not go together; leave one of them out", "offload")
+    return is_offloaded
 
 
 def layer_counts(text: str | None) -> list[int] | None:

@@ -42,6 +42,8 @@ class WorkerOptions:
     worker_hook: str | None = None
     attention: str | None = None  # backend of diffusers' attention dispatcher
     is_compiled: bool = False  # layers through torch.compile
+    quantization: str | None = None  # 8-bit weights: fp8, int8
+    is_offloaded: bool = False  # layers wait in host memory
     vae_dtype: str = "float32"
     text_encoder: str = "keep"  # where it is after encoding: keep, free, cpu
     text_cache: str | None = None  # folder of embeddings kept across runs

@@ -25,6 +25,7 @@ from dualparal.core.schedule import Item, Schedule, make_schedule
 from dualparal.errors import DualParalError, RequestError, WorkerDied
 from dualparal.events import Progress, Started
 from dualparal.model.layout import Checkpoint
+from dualparal.model.low_memory import stored_bytes
 from dualparal.model.stage import JobShape, Stage
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.coordinator import Denoiser
@@ -77,13 +78,14 @@ def rank_main(
         checkpoint = Checkpoint(Path(options.folder))
         stage = Stage(
             checkpoint, options.layers[rank], dtype=options.dtype, device=options.devices[rank], loras=options.loras,
-            attention=options.attention, is_compiled=options.is_compiled,
+            attention=options.attention, is_compiled=options.is_compiled, quantization=options.quantization,
+            is_offloaded=options.is_offloaded,
         )  # fmt: skip
         parts = call_hook(options, rank=rank, stage=stage, links=links, uplink=uplink)
         stage, links = parts["stage"], parts["links"]
         about = {
             "parameters": [name for model in stage.models for name, _ in model.named_parameters()],
-            "weight_bytes": sum(p.numel() * p.element_size() for model in stage.models for p in model.parameters()),
+            "weight_bytes": sum(stored_bytes(model) for model in stage.models),
             "pid": os.getpid(),
             "load_s": time.monotonic() - started_s,
         }

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from dualparal import __version__
+from dualparal.cli_plan import add_low_memory_flags
 from dualparal.errors import DualParalError
 from dualparal.model.source import POCKET_WEIGHTS
 from dualparal.presets import PACKAGE, Limits, Preset, find_preset, load_presets
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     engine("--threads", type=int, metavar="N", help="CPU threads per process")
     engine("--attention", metavar="NAME", help="attention backend of diffusers: native, flash, sage, ...")
     engine("--compile", action="store_true", help="run layers through torch.compile")
+    add_low_memory_flags(engine)
     engine("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
     engine("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="file, folder or hub id; repeatable")
     limits = flags.add_argument_group("the limits").add_argument
@@ -121,7 +123,8 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
     return Engine(
         model, preset=preset, ranks=arguments.ranks, replicas=arguments.replicas, device=arguments.device,
         dtype=arguments.dtype, vae_dtype=arguments.vae_dtype, threads=arguments.threads, attention=arguments.attention,
-        compile=arguments.compile, text_encoder=arguments.text_encoder, loras=arguments.lora, outputs=arguments.outputs,
+        compile=arguments.compile, quantization=arguments.quantization, offload=arguments.offload,
+        text_encoder=arguments.text_encoder, loras=arguments.lora, outputs=arguments.outputs,
         max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner, max_disk_bytes=max_disk_bytes, auto_resume=True,
     )  # fmt: skip
 

@@ -91,7 +91,7 @@ def test_the_command(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_only_as_it_is(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--baseline", "wan", "--model_id", str(tiny), "--outputs", str(tmp_path), "--prompt", "x"]
     assert main([*command, "--compile"]) == 2
-    assert "leave --lora, --attention and --compile out" in capsys.readouterr().err
+    assert "leave --lora, --attention, --compile and --quantization out" in capsys.readouterr().err
 
 
 def test_the_front_end_stays_free_of_torch() -> None:

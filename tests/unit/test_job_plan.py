@@ -264,3 +264,51 @@ def test_calibration_on_this_cpu(tiny: Path, tmp_path: Path, monkeypatch: pytest
     assert "as measured on this host's cpu" in capsys.readouterr().out
     assert main(command) == 0
     assert "first frames after" in capsys.readouterr().out
+
+
+# Low memory
+
+
+def test_8_bit_weights_and_offload_in_the_plan() -> None:
+    request, model, placement = case("wan2.1-14b-480p", 2)
+    plain, fp8, away, both = (
+        plan_job(request, model, replace(placement, quantization=kind, is_offloaded=is_offloaded)).memory
+        for kind, is_offloaded in ((None, False), ("fp8", False), (None, True), ("fp8", True))
+    )
+    assert 0.5 < fp8.ranks[0].weights / plain.ranks[0].weights < 0.53
+    assert plain.ranks[0].activations <= fp8.ranks[0].activations <= plain.ranks[0].activations + 2 * 5120 * 13824
+    layer = plain.ranks[0].weights - plan_job(request, model, replace(placement, layers=(19, 21))).memory.ranks[0].weights
+    assert plain.ranks[0].weights - away.ranks[0].weights == 18 * layer
+    assert plain.ranks[1].weights - away.ranks[1].weights == 18 * layer
+    assert (plain.host, away.host) == (0, 40 * layer)
+    assert both.ranks[1].weights < away.ranks[1].weights and 0.5 < both.host / away.host < 0.53
+    assert fp8.ranks[0].feature_cache == away.ranks[0].feature_cache == plain.ranks[0].feature_cache
+
+
+def test_two_experts_share_the_room_of_offloaded_layers() -> None:
+    request, model, placement = case("wan2.2-a14b-480p", 2)
+    found = plan_job(request, model, replace(placement, is_offloaded=True)).memory
+    one = plan_job(request, replace(model, num_experts=1), replace(placement, is_offloaded=True)).memory
+    assert found.host == 2 * one.host
+    assert found.ranks[1].weights - one.ranks[1].weights < one.host / 40, "the output head only"
+
+
+def test_low_memory_is_proposed_where_it_helps() -> None:
+    request, model, placement = case("wan2.1-14b-480p", 1, gigabytes=60)
+    flags = [proposal.flags for proposal in propose(request, model, placement)]
+    assert "--offload" in flags and "--text_encoder cpu --quantization fp8" in flags
+    tight = [proposal.flags for proposal in propose(request, model, replace(placement, bytes_per_device=32 * GB))]
+    assert any(flag.startswith("--offload --text_encoder cpu --num_per_block") for flag in tight)
+    on_cpu = replace(placement, on_gpu=False, codec_rank=None)
+    assert not any("--offload" in proposal.flags for proposal in propose(request, model, on_cpu))
+
+
+def test_the_command_knows_low_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--preset", "wan2.1-14b-480p", "--gpus", "1", "--gpu-memory", "48", "--text-encoder", "cpu"]
+    assert main(command) == 1
+    assert main([*command, "--offload", "--quantization", "fp8"]) == 0
+    told = capsys.readouterr().out
+    assert "(weights in fp8), which wait in host memory" in told
+    assert "Offloaded layers: 14." in told
+    assert main(["plan", "--preset", "wan2.1-1.3b-480p", "--device", "cpu", "--offload"]) == 2
+    assert "without a GPU" in capsys.readouterr().err
