@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dualparal.errors import CheckpointError, RequestError
+from dualparal.model.part_shapes import embedding_shape, text_encoder_shapes, vae_shapes
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CLASSES = {
@@ -132,8 +133,24 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}/tokenizer has neither tokenizer.json nor spiece.model; download it again")
         for component in self.transformers:
             self._validate_transformer(component)
-        for component in ("vae", "text_encoder"):
-            self.tensors(component)
+        self._check_tensors("vae", vae_shapes(self.config("vae")) or {})
+        text_config = self.config("text_encoder")
+        tensors = self._check_tensors("text_encoder", text_encoder_shapes(text_config))
+        tables = [tensors[name] for name in ("shared.weight", "encoder.embed_tokens.weight") if name in tensors]
+        if not tables:
+            raise CheckpointError(f"{self.folder}/text_encoder lacks shared.weight; download it again")
+        _check_shape("shared.weight", tables[0], embedding_shape(text_config))
+
+    def _check_tensors(self, component: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+        """The tensors of a component; raises `CheckpointError` when one of `shapes` is missing or another."""
+        tensors = self.tensors(component)
+        if missing := sorted(set(shapes) - set(tensors)):
+            raise CheckpointError(
+                f"{self.folder}/{component} lacks {missing[0]} (and {len(missing) - 1} more tensors); download it again"
+            )
+        for key, shape in shapes.items():
+            _check_shape(key, tensors[key], shape)
+        return tensors
 
     def _class_of(self, component: str) -> str:
         config = self.config(component)
@@ -154,14 +171,8 @@ class Checkpoint:
             raise CheckpointError(f"{where} has patch_size {config['patch_size']}; patches of several frames are not supported")
         if (num_layers := config.get("num_layers", 40)) != self.num_layers:
             raise CheckpointError(f"{where} has {num_layers} layers, the first expert {self.num_layers}")
-        shapes, tensors = transformer_shapes(config), self.tensors(component)
-        if missing := sorted(set(shapes) - set(tensors)):
-            raise CheckpointError(f"{where} lacks {missing[0]} (and {len(missing) - 1} more tensors); download it again")
-        for key, shape in shapes.items():
-            if tensors[key].shape != shape:
-                raise CheckpointError(
-                    f"{tensors[key].file}: {key} has shape {list(tensors[key].shape)}, the config says {list(shape)}"
-                )
+        shapes = transformer_shapes(config)
+        tensors = self._check_tensors(component, shapes)
         if surplus := sorted(key for key in tensors if key.startswith("blocks.") and key not in shapes):
             raise CheckpointError(
                 f"{where} holds {surplus[0]} (and {len(surplus) - 1} more tensors) that its config does not know, "
@@ -178,6 +189,11 @@ class Checkpoint:
                 f"{where} takes in_channels={channels} and gives {config.get('out_channels')}, the VAE has {z_dim}; "
                 "use a T2V checkpoint"
             )
+
+
+def _check_shape(key: str, tensor: TensorInfo, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(f"{tensor.file}: {key} has shape {list(tensor.shape)}, the config says {list(shape)}")
 
 
 def transformer_owners(config: dict[str, Any]) -> dict[str, int]:

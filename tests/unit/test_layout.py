@@ -228,6 +228,7 @@ def text_encoder_pickled(folder: Path) -> None:
 
 
 DIT = "transformer/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 CONFIG = "transformer/config.json"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -270,6 +271,13 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "second expert named but missing": (edit_json("model_index.json", transformer_2=["diffusers", "W"]), "transformer_2"),
     "a missing tensor": (drop_tensor(DIT, "blocks.2.attn1.to_k.weight"), r"blocks\.2\.attn1\.to_k\.weight"),
     "a tensor of another shape": (reshape_tensor(DIT, "blocks.1.ffn.net.2.bias"), r"blocks\.1\.ffn\.net\.2\.bias"),
+    "a missing tensor of the vae": (drop_tensor(VAE, "decoder.conv_in.bias"), r"vae lacks decoder\.conv_in\.bias"),
+    "a vae tensor of another shape": (reshape_tensor(VAE, "decoder.conv_out.bias"), r"decoder\.conv_out\.bias has shape"),
+    "a vae config of another width": (edit_json("vae/config.json", base_dim=8), "has shape"),
+    "a missing tensor of the text encoder": (drop_tensor(TEXT, "encoder.final_layer_norm.weight"), "final_layer_norm"),
+    "a text encoder of more layers": (edit_json("text_encoder/config.json", num_layers=3), r"lacks encoder\.block\.2"),
+    "no embedding table": (drop_tensor(TEXT, "shared.weight"), r"lacks shared\.weight"),
+    "another vocabulary": (edit_json("text_encoder/config.json", vocab_size=301), r"shared\.weight has shape"),
     "empty file": (write(DIT, b""), "safetensors"),
     "seven bytes": (write(DIT, b"1234567"), "safetensors"),
     "half a file": (cut(DIT, 0.5), "cut off"),
