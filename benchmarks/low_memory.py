@@ -2,7 +2,7 @@
 
     python -m benchmarks.low_memory [--dtype bfloat16] [--kinds fp8,int8]
 
-A mid-size random model (8 layers of width 768, weights drawn like a trained model's: std 0.02), one stage, the first items of a
+A mid-size random model (6 layers of width 512, weights drawn like a trained model's: std 0.02), one stage, the first items of a
 `paper` schedule. The error is that of one guided prediction from the same latents and text, relative to float32's, as root mean
 square; the time is the median of the items of one shape, variants by turns. int8 is left out where torchao is not installed.
 """
@@ -27,8 +27,8 @@ from dualparal.model.low_memory import stored_bytes
 from dualparal.model.stage import JobShape, Stage
 from dualparal.model.tiny import write_tiny_checkpoint
 
-SHAPE = {"num_layers": 8, "num_heads": 12, "head_dim": 64, "ffn_dim": 4480}
-LATENT_PX = 16  # height and width of the latents: 64 tokens a frame
+SHAPE = {"num_layers": 6, "num_heads": 8, "head_dim": 64, "ffn_dim": 2048}
+LATENT_PX = 8  # height and width of the latents: 16 tokens a frame
 STEPS = 4
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--kinds", default="fp8,int8")
-    parser.add_argument("--items", type=int, default=10)
+    parser.add_argument("--items", type=int, default=6)
     options = parser.parse_args()
     has_torchao = importlib.util.find_spec("torchao") is not None
     kinds = [kind for kind in options.kinds.split(",") if kind != "int8" or has_torchao]
