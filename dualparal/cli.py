@@ -124,6 +124,8 @@ def _add_request_flags(parser: argparse.ArgumentParser, needs_prompt: bool = Tru
     request.add_argument("--sample_steps", "--num_inference_steps", dest="num_inference_steps", type=int, metavar="N")
     request.add_argument("--sample_guide_scale", "--guidance_scale", dest="guidance_scale", type=float, metavar="X")
     request.add_argument("--sample_guide_scale2", "--guidance_scale_2", dest="guidance_scale_2", type=float, metavar="X")
+    request.add_argument("--guidance_start", type=float, metavar="SHARE", help="of the steps, before which guidance is off")
+    request.add_argument("--guidance_stop", type=float, metavar="SHARE", help="of the steps, from which on guidance is off")
     request.add_argument("--boundary_ratio", type=float, metavar="X")
     request.add_argument("--flow_shift", type=float, metavar="X")
     request.add_argument("--seed", type=int)

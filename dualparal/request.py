@@ -42,6 +42,12 @@ def latents_of_seconds(seconds: float, fps: int) -> int:
     return max(1, math.ceil((seconds * fps - 1) / TEMPORAL_FACTOR - 1e-9) + 1)
 
 
+# What a resolved request may leave open: other ways to give the length, and what the checkpoint or the event model decides.
+OPTIONAL = {
+    "num_frames", "seconds", "boundary_ratio", "max_in_flight", "stagger", "micro_batches", "guidance_start", "guidance_stop",
+}  # fmt: skip
+
+
 class GenerationRequest(BaseModel):
     """One video to make. Fields left at None are filled from the model's preset by `resolve`.
 
@@ -61,6 +67,8 @@ class GenerationRequest(BaseModel):
     num_inference_steps: int | None = Field(None, ge=1, le=1000, description="denoising steps")
     guidance_scale: Guidance | None = Field(None, description="classifier-free guidance; at most 1 turns it off")
     guidance_scale_2: Guidance | None = Field(None, description="guidance of the low-noise expert (two-expert models)")
+    guidance_start: float | None = Field(None, ge=0, le=1, description="share of the steps before which guidance is off")
+    guidance_stop: float | None = Field(None, ge=0, le=1, description="share of the steps from which on guidance is off")
     boundary_ratio: float | None = Field(
         None, ge=0.0, le=1.0, description="share of the noise range that the low-noise expert takes (two-expert models)"
     )
@@ -119,8 +127,7 @@ class GenerationRequest(BaseModel):
     @property
     def is_resolved(self) -> bool:
         """True when nothing is left to the preset."""
-        optional = {"num_frames", "seconds", "boundary_ratio", "max_in_flight", "stagger", "micro_batches"}
-        return all(getattr(self, name) is not None for name in type(self).model_fields if name not in optional)
+        return all(getattr(self, name) is not None for name in type(self).model_fields if name not in OPTIONAL)
 
     def resolve(self, preset: Preset, *, num_experts: int = 1, boundary_ratio: float | None = None) -> GenerationRequest:
         """The same request with every field filled: own values first, then `preset`'s, then the checkpoint's.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from dualparal.core.schedule import Rules
 
 TEXT_DIM = 32
 
@@ -22,3 +25,8 @@ def joined(blocks: dict[int, torch.Tensor]) -> torch.Tensor:
     """All blocks along time."""
     assert sorted(blocks) == list(range(len(blocks)))
     return torch.cat([blocks[number] for number in sorted(blocks)], dim=2)
+
+
+def as_said(rules: Rules) -> dict[str, Any]:
+    """What the twin is told of a schedule's rules; micro-batches are the engine's own affair."""
+    return {name: getattr(rules, name) for name in ("policy", "context", "max_in_flight", "stagger", "guided_steps")}

@@ -46,6 +46,7 @@ class Twin:
         context: str = "recomputed",
         max_in_flight: int = 1,
         stagger: int = 1,
+        guided_steps: tuple[int, int] | None = None,
     ) -> dict[int, Tensor]:
         """Final latents of each block. `texts[i]` is [conditional] or [conditional, unconditional] embeddings."""
         lengths = block_lengths(latents_num, num_per_block, num_cat)
@@ -57,7 +58,7 @@ class Twin:
         done = dict.fromkeys(range(num_blocks), 0)  # steps done by each block
 
         history = {(block, 0): now[block].clone() for block in range(num_blocks)}  # latents of (block, steps done)
-        last_pass: dict[Any, tuple[int, Tensor, Tensor]] = {}  # (block, layer, half) -> expert, K, V of the own last num_cat
+        last_pass: dict[Any, tuple[Any, Tensor, Tensor]] = {}  # (block, layer, half) -> mode, K, V of the own last num_cat
 
         sweep = 0
         entered = 0
@@ -71,22 +72,24 @@ class Twin:
                 entered += 1
             in_flight = [block for block in range(entered) if done[block] < steps]
             before = {block: now[block].clone() for block in range(num_blocks)}  # all latents as this sweep finds them
-            ran_on: dict[int, int] = {}  # block -> expert, in this sweep
+            ran_on: dict[int, Any] = {}  # block -> mode (expert, whether guided), in this sweep
             memory: dict[Any, tuple[Tensor, Tensor]] = {}  # (block, layer, expert, half) -> K, V left in this sweep
             for block in sorted(in_flight, reverse=True):
                 t = timesteps[done[block]]
                 expert = 0
                 if boundary_ratio is not None and t < boundary_ratio * schedulers[block].config.num_train_timesteps:
                     expert = 1
+                guided = guided_steps is None or guided_steps[0] <= done[block] < guided_steps[1]
+                mode = (expert, guided)
                 left, left_pass = None, None
                 if block > 0 and num_cat > 0:
                     seen = before[block - 1] if policy == "paper" else history[block - 1, done[block]]
                     left = seen[:, :, max(0, lengths[block - 1] - num_cat) :]
-                    if context == "cached" and last_pass[block - 1, 0, 0][0] == expert:
+                    if context == "cached" and last_pass[block - 1, 0, 0][0] == mode:
                         left, left_pass = None, block - 1
                 right, has_cache = None, False
                 if num_cat > 0 and block + 1 in ran_on:
-                    if ran_on[block + 1] == expert:
+                    if ran_on[block + 1] == mode:
                         has_cache = True
                     else:
                         right = before[block + 1][:, :, :num_cat]
@@ -94,18 +97,18 @@ class Twin:
                 num_left = 0 if left is None else left.shape[2]
                 text = texts[text_of_block[block] if text_of_block else 0]
                 outputs = []
-                for half, embedding in enumerate(text):
+                for half, embedding in enumerate(text if guided else text[:1]):
                     outputs.append(
                         self._forward(
                             expert, torch.cat(pieces, dim=2), t, embedding, memory, block=block, half=half,
                             num_left=num_left, num_own=lengths[block], num_cat=num_cat, has_cache=has_cache,
-                            last_pass=last_pass, left_pass=left_pass,
+                            last_pass=last_pass, left_pass=left_pass, mode=mode,
                         )
                     )  # fmt: skip
                 prediction = outputs[0]
                 if len(outputs) == 2:
                     prediction = outputs[1] + guidance[expert] * (outputs[0] - outputs[1])
-                ran_on[block] = expert
+                ran_on[block] = mode
                 step = schedulers[block].step(prediction.clone(), t, now[block].clone(), return_dict=False)
                 now[block] = step[0].clone()
                 done[block] += 1
@@ -121,7 +124,7 @@ class Twin:
     def _forward(
         self, expert: int, window: Tensor, t: Tensor, embedding: Tensor, memory: dict[Any, tuple[Tensor, Tensor]],
         *, block: int, half: int, num_left: int, num_own: int, num_cat: int, has_cache: bool,
-        last_pass: dict[Any, tuple[int, Tensor, Tensor]], left_pass: int | None,
+        last_pass: dict[Any, tuple[Any, Tensor, Tensor]], left_pass: int | None, mode: Any,
     ) -> Tensor:  # fmt: skip
         """One pass of one guidance half through all layers; returns the own frames' part of the output."""
         model = self.experts[expert]
@@ -141,7 +144,7 @@ class Twin:
             own_first = slice(num_left * per_frame, (num_left + min(num_cat, num_own)) * per_frame)
             memory[block, number, expert, half] = (key[:, own_first].clone(), value[:, own_first].clone())
             own_last = slice((num_left + max(0, num_own - num_cat)) * per_frame, (num_left + num_own) * per_frame)
-            tail = (expert, key[:, own_last].clone(), value[:, own_last].clone())
+            tail = (mode, key[:, own_last].clone(), value[:, own_last].clone())
             num_before = 0  # tokens of the left cache
             if left_pass is not None:
                 _, left_key, left_value = last_pass[left_pass, number, half]

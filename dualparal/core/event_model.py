@@ -73,7 +73,7 @@ def even_cost(schedule: Schedule, ranks: int) -> ItemCost:
 
     def cost(item: Item, rank: int) -> float:
         share = sum(schedule.window_frames(item)) / ordinary
-        return share / ranks / (1 if item.half is None else 2)
+        return share / ranks / (1 if item.half is None and item.is_guided else 2)
 
     return cost
 

@@ -47,4 +47,14 @@ def rules_of(request: GenerationRequest) -> Rules:
         max_in_flight=request.max_in_flight or 1,
         stagger=request.stagger or 1,
         micro_batches=bool(request.micro_batches) and request.guidance_scale > 1,
+        guided_steps=guided_steps(request) if max(request.guidance_scale, request.guidance_scale_2 or 0.0) > 1 else None,
     )
+
+
+def guided_steps(request: GenerationRequest) -> tuple[int, int] | None:
+    """First and end of the steps with guidance, as diffusers' guiders count them; None when it is all of them."""
+    assert request.num_inference_steps
+    num_steps = request.num_inference_steps
+    start = int((request.guidance_start or 0.0) * num_steps)
+    stop = num_steps if request.guidance_stop is None else int(request.guidance_stop * num_steps)
+    return None if (start, stop) == (0, num_steps) else (start, stop)

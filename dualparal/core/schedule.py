@@ -29,6 +29,7 @@ class Item:
     """One trip through all layers: `block` makes its denoising step `step` (0 = noisiest).
 
     `half`: which guidance half, 0 or 1, when they go as two micro-batches; None when both go together. `expert` runs it.
+    `is_guided`: whether this step has an unconditional half, where the request has guidance at all.
     `left_version`, `right_version`: for `Context.LATENTS`, how many steps the neighbour's latents have done. `keeps_head`,
     `keeps_tail`: this pass leaves K/V of its first (last) `num_cat` own latents for block - 1 (block + 1). `frees_left`: no
     later item uses the left cache that this one uses. `sweep` counts from 0.
@@ -47,6 +48,7 @@ class Item:
     keeps_tail: bool = False
     frees_left: bool = False
     half: int | None = None
+    is_guided: bool = True
 
     @property
     def is_whole(self) -> bool:
@@ -60,7 +62,7 @@ class Rules:
 
     `policy`: "paper" or "preview". `context`: "recomputed" (the left neighbour's latents run through the layers again) or
     "cached" (its K/V of its last pass are kept). `max_in_flight`, `stagger`: of "preview". `micro_batches`: guidance halves
-    travel one by one.
+    travel one by one. `guided_steps`: first and end of the steps that guidance is applied in; None for all.
     """
 
     policy: str = "paper"
@@ -68,6 +70,11 @@ class Rules:
     max_in_flight: int = 3
     stagger: int = 1
     micro_batches: bool = False
+    guided_steps: tuple[int, int] | None = None
+
+    def is_guided(self, step: int) -> bool:
+        """Whether guidance is applied at that step."""
+        return self.guided_steps is None or self.guided_steps[0] <= step < self.guided_steps[1]
 
     def __post_init__(self) -> None:
         if self.policy not in ("paper", "preview"):
@@ -136,44 +143,50 @@ def make_schedule(rules: Rules, plan: BlockPlan, experts: Sequence[int]) -> Sche
 
     Left context of block b, recomputed: block b - 1's latents; under `paper` the latest (after its step of the sweep before,
     or final once it has left), under `preview` those at b's own step. Cached: K/V of block b - 1's most recent pass, unless
-    the other expert made it. Right context: block b + 1 as this sweep has just run it.
+    another mode made it. Right context: block b + 1 as this sweep has just run it: its K/V, or its latents where it ran in
+    another mode. A step's mode is its expert and whether it is guided: K/V of one mode do not serve the other.
     """
     num_steps = len(experts)
+    modes = [(expert, rules.is_guided(step)) for step, expert in enumerate(experts)]
     items: list[Item] = []
     done = [0] * plan.num_blocks  # steps that each block has done before the present sweep
     for sweep, steps in enumerate(_sweeps(rules, plan.num_blocks, num_steps)):
         running = dict(steps)
         for block, step in steps:
-            item = Item(len(items), sweep, block, step, experts[step])
+            expert, is_guided = modes[step]
+            item = Item(len(items), sweep, block, step, expert, is_guided=is_guided)
             if plan.num_cat:
-                item = _with_left(item, rules, experts, done)
-                item = _with_right(item, experts, running)
+                item = _with_left(item, rules, modes, done)
+                item = _with_right(item, modes, running)
             items.append(item)
         for block, step in steps:
             done[block] = step + 1
     assert len(items) == plan.num_blocks * num_steps
     items = _with_left_caches(items)
     if rules.micro_batches:
-        items = [half for item in items for half in _halves(item)]
+        items = [replace(half, index=i) for i, half in enumerate(half for item in items for half in _halves(item))]
     return Schedule(plan, num_steps, tuple(items))
 
 
-def _with_left(item: Item, rules: Rules, experts: Sequence[int], done: Sequence[int]) -> Item:
+Mode = tuple[int, bool]
+
+
+def _with_left(item: Item, rules: Rules, modes: Sequence[Mode], done: Sequence[int]) -> Item:
     if item.block == 0:
         return item
     ahead = done[item.block - 1]
-    if rules.context == "cached" and experts[ahead - 1] == item.expert:
+    if rules.context == "cached" and modes[ahead - 1] == modes[item.step]:
         return replace(item, left=Context.CACHE)
     version = ahead if rules.policy == "paper" else item.step
     return replace(item, left=Context.LATENTS, left_version=version)
 
 
-def _with_right(item: Item, experts: Sequence[int], running: dict[int, int]) -> Item:
+def _with_right(item: Item, modes: Sequence[Mode], running: dict[int, int]) -> Item:
     behind, ahead = running.get(item.block + 1), running.get(item.block - 1)
-    keeps_head = ahead is not None and experts[ahead] == item.expert
+    keeps_head = ahead is not None and modes[ahead] == modes[item.step]
     if behind is None:
         return replace(item, keeps_head=keeps_head)
-    if experts[behind] == item.expert:
+    if modes[behind] == modes[item.step]:
         return replace(item, keeps_head=keeps_head, right=Context.CACHE)
     return replace(item, keeps_head=keeps_head, right=Context.LATENTS, right_version=behind)
 
@@ -193,8 +206,5 @@ def _with_left_caches(items: list[Item]) -> list[Item]:
     return found
 
 
-def _halves(item: Item) -> tuple[Item, Item]:
-    return (
-        replace(item, index=2 * item.index, half=0),
-        replace(item, index=2 * item.index + 1, half=1),
-    )
+def _halves(item: Item) -> tuple[Item, ...]:
+    return (replace(item, half=0), replace(item, half=1)) if item.is_guided else (item,)

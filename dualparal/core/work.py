@@ -47,7 +47,7 @@ class Workload:
 
     def halves_of(self, item: Item) -> int:
         """Guidance halves that travel with `item`."""
-        return self.num_halves if item.half is None else 1
+        return self.num_halves if item.half is None and item.is_guided else 1
 
     def item_flops(self, item: Item) -> list[int]:
         """FLOPs of `item` on each stage; the first also embeds patches, the last has the output head."""

@@ -154,7 +154,11 @@ class Stage:
         """[B, n, D] of the activations that pass between stages for `item`."""
         assert self._shape is not None and self._schedule is not None
         num_tokens = sum(self._schedule.window_frames(item)) * self.tokens_per_frame
-        return self._shape.num_halves if item.half is None else 1, num_tokens, self.dim
+        return self._num_halves(item), num_tokens, self.dim
+
+    def _num_halves(self, item: Item) -> int:
+        assert self._shape is not None
+        return self._shape.num_halves if item.half is None and item.is_guided else 1
 
     def prediction_shape(self, item: Item) -> tuple[int, int, int, int, int]:
         """[1, C, own frames, h, w] of what the last stage returns for `item`."""
@@ -175,9 +179,9 @@ class Stage:
         temb, timestep_proj = self._conditions[item.expert]
         hidden = incoming
         if self.is_first:
-            hidden = self._embed(model, incoming, shape.num_halves if item.half is None else 1)
+            hidden = self._embed(model, incoming, self._num_halves(item))
         around = self._surroundings(item)
-        text = (shape.text_of_block[item.block], item.half)
+        text = (shape.text_of_block[item.block], item.half if item.is_guided else 0)
         hidden = self._layers[item.expert](hidden, text, timestep_proj[item.step : item.step + 1], around)
         if item.keeps_head:
             self._heads[item.half] = around.kept_head
@@ -225,7 +229,7 @@ class Stage:
         rows, columns = shape.height // patch_h, shape.width // patch_w
         patches = patches.reshape(len(patches), own, rows, columns, patch_h, patch_w, -1)
         out = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [B, C, own, h, w]
-        if shape.num_halves == 1:
+        if shape.num_halves == 1 or not item.is_guided:
             return out.contiguous()
         if item.half == 0:
             self._cond = out.contiguous()

@@ -26,7 +26,7 @@ from dualparal.pocket.text import TEXT_DIM, TextAttention, build_text_encoder, b
 from dualparal.pocket.train_vae import Z_DIM
 from dualparal.pocket.training import Ema, TrainingLog, learning_rate, load_checkpoint, save_checkpoint
 
-CYCLES = ((2300, 1.5e-3), (550, 7e-4), (2900, 1.2e-3))  # (steps, peak learning rate): warm-up and cosine, three times
+CYCLES = ((2300, 1.5e-3), (550, 7e-4), (2150, 1.2e-3))  # (steps, peak learning rate): warm-up and cosine, three times
 NUM_STEPS = sum(steps for steps, _ in CYCLES)
 TOKENS_PER_STEP = 2400
 WINDOW_LATENTS = (5, 21)

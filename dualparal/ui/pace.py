@@ -16,7 +16,8 @@ from dualparal.request import GenerationRequest
 from dualparal.ui.studio import Studio
 
 SMOOTHEST, SOONEST = 0, 3
-FIELDS = ("schedule", "max_in_flight", "stagger", "micro_batches")
+RULES = ("max_in_flight", "stagger", "micro_batches")
+UNSEEN = ("schedule", *RULES, "guidance_start", "guidance_stop")
 LABEL = "Smoothest to soonest"
 INFO = "Left: all blocks are denoised together. Right: only a few at a time, so the first one plays much sooner."
 
@@ -41,15 +42,15 @@ def of_request(studio: Studio, resolved: GenerationRequest, preset_name: object)
     """The place nearest to what a resolved request asks for."""
     if resolved.schedule == "paper" or not resolved.max_in_flight:
         return SMOOTHEST if resolved.schedule == "paper" else SOONEST
-    soonest = studio.resolve(resolved.model_copy(update=dict.fromkeys(FIELDS[1:])), preset_name)
+    soonest = studio.resolve(resolved.model_copy(update=dict.fromkeys(RULES)), preset_name)
     assert soonest.max_in_flight
     doublings = round(math.log2(max(1.0, resolved.max_in_flight / soonest.max_in_flight)))
     return max(SMOOTHEST + 1, SOONEST - doublings)
 
 
 def exact(resolved: GenerationRequest) -> dict[str, Any]:
-    """All that a stored request says of its schedule, so that using its settings again makes the same bits."""
-    return {name: getattr(resolved, name) for name in FIELDS}
+    """What a stored request says that the form does not show, so that using its settings again makes the same bits."""
+    return {name: getattr(resolved, name) for name in UNSEEN}
 
 
 def _most(resolved: GenerationRequest) -> int:

@@ -37,6 +37,8 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
     "num_inference_steps": ([1, 50, 1000], [0, -1, 1001, 2.5]),
     "guidance_scale": ([0, 1, 5.5, 100], [-0.1, 100.1]),
     "guidance_scale_2": ([0, 1, 5.5, 100], [-0.1, 100.1]),
+    "guidance_start": ([0, 0.2, 1], [-0.1, 1.1]),
+    "guidance_stop": ([0, 0.6, 1], [-0.1, 1.1]),
     "boundary_ratio": ([0, 0.875, 1], [-0.1, 1.1]),
     "flow_shift": ([0.1, 12, 100], [0, -3, 101]),
     "seed": ([0, 7, MAX_SEED], [-1, MAX_SEED + 1, 10**5000, 0.5]),
@@ -241,6 +243,7 @@ def test_resolve_fills_everything_from_the_preset() -> None:
         "width": 64, "fps": 8, "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_scale_2": 2.5,
         "boundary_ratio": None, "flow_shift": 4.0, "seed": 5, "num_per_block": 6, "num_cat": 3, "schedule": "paper",
         "context": "recomputed", "max_in_flight": None, "stagger": None, "micro_batches": None,
+            "guidance_start": None, "guidance_stop": None,
     }  # fmt: skip
     assert resolved.is_resolved
     assert not GenerationRequest(prompt="a fox").is_resolved

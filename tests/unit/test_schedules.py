@@ -13,7 +13,7 @@ from dualparal.core.event_model import choose_preview, even_cost, forecast
 from dualparal.core.plan import BlockPlan
 from dualparal.core.schedule import Context, Rules, Schedule, make_schedule
 from tests.local_ring import denoise_in_threads
-from tests.texts import joined, some_texts
+from tests.texts import as_said, joined, some_texts
 from tests.twin import Twin
 
 RULES = {
@@ -22,6 +22,8 @@ RULES = {
     "preview, one at a time": Rules(policy="preview", max_in_flight=1),
     "cached": Rules(context="cached"),
     "cached preview": Rules(policy="preview", max_in_flight=2, stagger=3, context="cached"),
+    "guidance in the middle": Rules(guided_steps=(1, 4)),
+    "guidance first, cached preview": Rules(policy="preview", max_in_flight=3, context="cached", guided_steps=(0, 3)),
 }
 PLANS = [(11, 3, 2), (10, 3, 3), (7, 4, 0), (13, 1, 1)]
 
@@ -32,9 +34,7 @@ def run_both(folder: Path, rules: Rules, plan: tuple[int, int, int], **ring: Any
         "latents_num": latents_num, "num_per_block": num_per_block, "num_cat": num_cat, "steps": 6, "texts": some_texts(),
         "boundary_ratio": 0.875 if "two" in folder.name else None,
     }  # fmt: skip
-    expected = Twin(folder).run(
-        **case, policy=rules.policy, context=rules.context, max_in_flight=rules.max_in_flight, stagger=rules.stagger
-    )
+    expected = Twin(folder).run(**case, **as_said(rules))
     return joined(expected), joined(denoise_in_threads(folder, **case, rules=rules, **ring))
 
 
@@ -60,6 +60,19 @@ def test_same_bits_on_any_ranks_and_halves_one_by_one(name: str, tiny_two: Path)
             again = denoise_in_threads(tiny_two, **case, rules=chosen, ranks=ranks, delay_seed=ranks)
             assert torch.equal(found[-1], joined(again))
     assert (found[0] - found[1]).abs().max() <= 1e-5
+
+
+def test_steps_without_guidance_run_one_half_and_share_no_cache_with_the_others() -> None:
+    schedule = schedule_of(Rules(guided_steps=(2, 5), micro_batches=True, context="cached"))
+    assert [item.index for item in schedule.items] == list(range(len(schedule.items)))
+    assert len(schedule.items) == 6 * (4 + 2 * 3)  # 7 steps of 6 blocks, three of them guided
+    modes = {(item.block, item.step): item.is_guided for item in schedule.items}
+    assert all(guided == (2 <= step < 5) for (_, step), guided in modes.items())
+    for item in schedule.items:
+        if item.right is Context.CACHE:
+            assert modes[item.block + 1, item.step - 1] == item.is_guided
+        if item.right is Context.LATENTS:
+            assert modes[item.block + 1, item.step - 1] != item.is_guided
 
 
 def schedule_of(rules: Rules, num_blocks: int = 6, steps: int = 7) -> Schedule:

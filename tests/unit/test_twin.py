@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dualparal.core.schedule import Rules
 from tests.local_ring import denoise_in_threads
-from tests.texts import joined, some_texts
+from tests.texts import as_said, joined, some_texts
 from tests.twin import Twin, block_lengths
 
 TOLERANCE = 1e-5
@@ -33,8 +33,7 @@ def twin_of() -> Callable[[Path], Twin]:
 
 def check(twin: Twin, ranks: int = 1, rules: Rules | None = None, **case: Any) -> torch.Tensor:
     rules = rules or Rules()
-    said = {name: getattr(rules, name) for name in ("policy", "context", "max_in_flight", "stagger")}
-    expected = joined(twin.run(**case, **said))
+    expected = joined(twin.run(**case, **as_said(rules)))
     found = joined(denoise_in_threads(twin.folder, ranks=ranks, rules=rules, **case))
     assert found.shape == expected.shape
     assert found.shape[2] == case["latents_num"]
@@ -149,6 +148,7 @@ def test_anything(tiny: Path, tiny_two: Path, twin_of: Callable[[Path], Twin], d
             max_in_flight=data.draw(st.integers(1, 4)),
             stagger=data.draw(st.integers(1, 5)),
             micro_batches=is_guided and data.draw(st.booleans()),
+            guided_steps=data.draw(st.none() | st.tuples(st.integers(0, 4), st.integers(0, 7))) if is_guided else None,
         ),
     )
 
