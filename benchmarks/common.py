@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,38 @@ def checkpoint(name: str, **shape: Any) -> Path:
     if not (folder / "model_index.json").is_file():
         write_tiny_checkpoint(folder, **shape)
     return folder
+
+
+class PeakMemory:
+    """Context manager: the most anonymous memory (RssAnon: what cannot be dropped) of this process, sampled every 5 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        self._start = self._most = _anonymous_bytes()
+        self._is_done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_done.set()
+        self._watcher.join()
+        self._most = max(self._most, _anonymous_bytes())
+
+    @property
+    def grown_bytes(self) -> int:
+        """The most, less what was held at the start."""
+        return self._most - self._start
+
+    def _watch(self) -> None:
+        while not self._is_done.wait(0.005):
+            self._most = max(self._most, _anonymous_bytes())
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def timed_job(engine: Engine, request: GenerationRequest) -> tuple[JobResult, float]:

@@ -17,7 +17,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -72,35 +71,20 @@ def load_here(folder: Path, what: str) -> dict[str, float]:
     import torch
     from diffusers import WanPipeline
 
+    from benchmarks.common import PeakMemory
     from dualparal.model.stage import Stage
 
     torch.set_num_threads(1)
-    before, most, is_done = _anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not is_done.wait(0.005):
-            most[0] = max(most[0], _anonymous())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     started_s = time.perf_counter()
-    if what == "pipeline":
-        models = [WanPipeline.from_pretrained(folder, dtype=torch.bfloat16).transformer]
-    else:
-        start, stop = (int(number) for number in what.split("-"))
-        models = Stage(Checkpoint(folder), range(start, stop), dtype="bfloat16", device="cpu").models
-    seconds = time.perf_counter() - started_s
-    most[0] = max(most[0], _anonymous())
-    is_done.set()
+    with PeakMemory() as memory:
+        if what == "pipeline":
+            models = [WanPipeline.from_pretrained(folder, dtype=torch.bfloat16).transformer]
+        else:
+            start, stop = (int(number) for number in what.split("-"))
+            models = Stage(Checkpoint(folder), range(start, stop), dtype="bfloat16", device="cpu").models
+        seconds = time.perf_counter() - started_s
     held = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
-    return {"seconds": seconds, "peak": most[0] - before, "held": held}
-
-
-def _anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return {"seconds": seconds, "peak": memory.grown_bytes, "held": held}
 
 
 def _measure(folder: Path, what: str) -> dict[str, float]:

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     presets = commands.add_parser("presets", help="list the presets")
     presets.add_argument("--presets_folder", type=Path, help="also read this folder")
+    presets.add_argument("--check", action="store_true", help="ask the hub whether each model is there at the pinned commit")
     presets.set_defaults(run=_presets)
 
     info = commands.add_parser("info", help="print the settings stored in a video made here")
@@ -308,7 +309,20 @@ def _presets(options: argparse.Namespace) -> int:
     for name, preset in load_presets(options.presets_folder).items():
         print(f"{name:24} {preset.title}\n{'':24} {preset.model}; {preset.width}x{preset.height}, {preset.seconds:g} s, "
               f"{preset.num_inference_steps} steps\n{'':24} {preset.hardware}")  # fmt: skip
-    return 0
+    return _check_presets(options.presets_folder) if options.check else 0
+
+
+def _check_presets(folder: Path | None) -> int:
+    from dualparal.model.hub import check_revision
+
+    pins = {(preset.model, preset.revision) for preset in load_presets(folder).values() if preset.model.count("/") == 1}
+    code = 0
+    for model, revision in sorted(pins, key=str):
+        try:
+            print(check_revision(model, revision), flush=True)
+        except DualParalError as error:
+            code = _complain(error, 1)
+    return code
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ NEEDED = [
     "model_index.json", "scheduler/*.json", "tokenizer/*", "*/config.json", "transformer*/*.safetensors*",
     "vae/*.safetensors*", "text_encoder/*.safetensors*",
 ]  # fmt: skip
+KEY_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json")
 
 
 def download_snapshot(repo_id: str, revision: str | None = None) -> Path:
@@ -31,6 +32,23 @@ def download_snapshot(repo_id: str, revision: str | None = None) -> Path:
 
     with _explained(repo_id, revision):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=NEEDED, tqdm_class=_progress_bar()))
+
+
+def check_revision(repo_id: str, revision: str | None) -> str:
+    """One sentence that says what `revision` is on the hub. Raises `CheckpointError` where it cannot be downloaded from.
+
+    Asks the hub for the repository's list of files; downloads nothing.
+    """
+    from huggingface_hub import HfApi
+
+    with _explained(repo_id, revision):
+        found = HfApi().model_info(repo_id, revision=revision)
+    names = {item.rfilename for item in found.siblings or []}
+    if lost := sorted(name for name in KEY_FILES if name not in names):
+        raise CheckpointError(f"{repo_id} at {found.sha} has no {lost[0]}; it is no Wan checkpoint in diffusers' layout")
+    return f"{repo_id}: commit {found.sha}, {len(names)} files" + (
+        "" if revision == found.sha else "; the preset pins no commit"
+    )
 
 
 def download_file(repo_id: str, name: str) -> Path:

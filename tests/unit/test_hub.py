@@ -189,6 +189,21 @@ def test_no_such_revision(hub: Hub) -> None:
         download("gone")
 
 
+def test_pins_can_be_checked(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`presets --check` asks for every pin and downloads nothing."""
+    from dualparal.cli import main
+    from dualparal.model.hub import check_revision
+
+    assert check_revision(REPO, COMMIT) == f"{REPO}: commit {COMMIT}, {len(hub.files)} files"
+    assert "pins no commit" in check_revision(REPO, None)
+    assert not hub.fetched()
+    assert main(["presets", "--check"]) == 1, "Wan's own models are not on this hub"
+    assert capsys.readouterr().err.count("there is no model Wan-AI/") == 3
+    del hub.files["vae/config.json"]
+    with pytest.raises(CheckpointError, match=r"has no vae/config\.json"):
+        check_revision(REPO, COMMIT)
+
+
 def test_nothing_here_and_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.shutdown()
     hub.server_close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def test_shipped_preset(name: str) -> None:
 @pytest.mark.parametrize("name", WAN)
 def test_wan_preset(name: str) -> None:
     preset = SHIPPED[name]
+    assert re.fullmatch(r"[0-9a-f]{40}", preset.revision or ""), "a commit, neither a branch nor a tag"
+    assert len({other.revision for other in SHIPPED.values() if other.model == preset.model}) == 1
     family, size, lines = name.split("-")
     assert (preset.height, preset.width) == {"480p": (480, 832), "720p": (720, 1280)}[lines]
     assert preset.model.startswith(f"Wan-AI/W{family[1:]}-T2V-{size.upper()}-Diffusers")
