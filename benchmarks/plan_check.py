@@ -4,9 +4,9 @@
 
 A mid-size random model (8 layers of width 512), each rank in a process of its own with one thread, fed with activations of the
 shapes its neighbours would send. Weights, text and feature cache are the bytes of the tensors that the stage holds; activations
-are the most that tensors made inside one item take at once, less what the item leaves behind, and its input; "resident" is the
+are the most that tensors made inside one item take at once, less what the item leaves behind; "resident" is the
 growth of the process's anonymous memory since its imports, which has the allocator's slack in it, against the sum of the plan.
-Messages and the codec are not part of it: a stage knows neither.
+Messages (an item's input among them) and the codec are not part of it: a stage knows neither.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ def measure_rank(folder: Path, rank: int, ranks: int, dtype: str, quantization: 
             with alive:
                 out = stage.run(item, incoming)
             left = max(0, alive.now - before)  # the output goes on, what neighbours need stays
-            given = incoming.nbytes * (not stage.is_first)
-            found["activations"] = max(found["activations"], alive.most - before - left + given)
+            found["activations"] = max(found["activations"], alive.most - before - left)
             found["feature_cache"] = max(found["feature_cache"], _cache_bytes(stage))
             del out, incoming
         found["text"] = _text_bytes(stage)
