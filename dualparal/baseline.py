@@ -8,8 +8,11 @@ Nothing is split here, so memory grows with the length.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from dualparal.core.noise import coordinated_noise
 from dualparal.core.rules import plan_of
 from dualparal.errors import DualParalError
-from dualparal.events import BlockReady, Failed, Finished, Progress, Started
+from dualparal.events import BlockReady, Event, Failed, Finished, Progress, Started
 from dualparal.media.writer import VideoWriter
 from dualparal.model.checkpoint import DTYPES
 from dualparal.model.vae import StreamingDecoder, to_uint8
@@ -132,16 +135,34 @@ def _report(folder: JobFolder, num_steps: int) -> Any:
     return report
 
 
+class _Telling(JobFolder):
+    """A job folder whose events are also told on stdout."""
+
+    def append(self, event: Event) -> None:
+        super().append(event)
+        sys.stdout.write(json.dumps(event.to_json()) + "\n")
+        sys.stdout.flush()
+
+
+def _end_with_stdin() -> None:
+    """Whoever started this process holds its stdin open for as long as it lives."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main() -> int:
     """The process that the command line starts."""
     parser = argparse.ArgumentParser(prog="python -m dualparal.baseline")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--text_encoder", default="keep")
+    parser.add_argument("--tell", action="store_true", help="events on stdout, one JSON object a line; ends with its stdin")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     quiet_libraries()
-    folder = JobFolder(options.folder)
+    folder = _Telling(options.folder) if options.tell else JobFolder(options.folder)
+    if options.tell:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         torch.set_num_threads(int(folder.record().get("threads") or torch.get_num_threads()))
         run_baseline(folder, device=options.device, text_encoder=options.text_encoder)

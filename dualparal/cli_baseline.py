@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from typing import Any
 
-from dualparal.errors import JobCancelled, RequestError, WorkerDied, error_from_wire
+from dualparal.errors import JobCancelled, WorkerDied, error_from_wire
 from dualparal.events import Cancelled, Failed, Finished
 from dualparal.request import GenerationRequest
+from dualparal.runtime.baseline_lane import baseline_command, make_baseline_folder
 from dualparal.runtime.devices import place
-from dualparal.runtime.journal import JobFolder
 
 
 def run_baseline_job(
@@ -20,20 +19,9 @@ def run_baseline_job(
 
     Raises what the pipeline raised, as an error of ours, or `JobCancelled` on Ctrl-C.
     """
-    changes = engine.changes()
-    if changes.keys() & {"loras", "attention", "compile", "quantization"}:
-        raise RequestError(
-            "the baseline is diffusers as it is; leave --lora, --attention, --compile and --quantization out", "baseline"
-        )
     devices, _ = place(device, 1)
-    folder = JobFolder.create(
-        engine.outputs, job_id, request, model=str(engine.checkpoint.folder), preset=engine.preset.name, ranks=1,
-        dtype=engine.dtype, threads=engine.threads, export_images=export_images, baseline="wan", **changes,
-    )  # fmt: skip
-    command = [
-        sys.executable, "-m", "dualparal.baseline", str(folder.path), "--device", devices[0], "--text_encoder", text_encoder,
-    ]  # fmt: skip
-    process = subprocess.Popen(command)
+    folder = make_baseline_folder(engine, request, job_id, export_images=export_images)
+    process = subprocess.Popen(baseline_command(folder.path, devices[0], text_encoder))
     try:
         code = process.wait()
     except KeyboardInterrupt:

@@ -175,6 +175,8 @@ class FakeEngine:
         self._wake.set()
         return job
 
+    can_compare = False
+
     def job(self, job_id: str) -> FakeJob | None:
         return self._all.get(job_id)
 

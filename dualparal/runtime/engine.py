@@ -27,6 +27,7 @@ from dualparal.model.lora_source import find_loras
 from dualparal.model.source import find_model
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest
+from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, make_baseline_folder
 from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
 from dualparal.runtime.devices import bytes_per_device, place
@@ -145,6 +146,7 @@ class Engine:
             for n, (own, codec) in enumerate(places)
         )  # each with its own `state`, `workers` and `error`
         self.desk.replicas = self.replicas
+        self._baselines = BaselineLane(devices[0], text_encoder, is_idle=lambda: not self.desk.jobs())
         self._is_started = False
 
     @property
@@ -214,6 +216,7 @@ class Engine:
             self.desk.is_closing = True
         for replica in self.replicas:
             replica.wake()
+        self._baselines.close()
         for replica in self.replicas:
             replica.join()
         self.desk.end_all(EngineError("the engine was closed before the job was done"), is_stored=False)
@@ -275,6 +278,21 @@ class Engine:
             )  # fmt: skip
             run = RunJob(folder.job_id, resolved, str(folder.path), return_latents, export_images, noise, cond, uncond)
             return self._add(run, folder, owner)
+
+    @property
+    def can_compare(self) -> bool:
+        """Whether `compare` takes jobs: not with options that change the layers' numbers."""
+        return not self.changes().keys() & CHANGES_OF_LAYERS
+
+    def compare(self, request: GenerationRequest, *, owner: str = "") -> Job:
+        """Queue `request` for plain Wan: diffusers' `WanPipeline`, the whole video at once on the first rank's device.
+
+        It runs in a process of its own as soon as this engine has nothing to do. Raises as `submit` does.
+        """
+        resolved = self.resolve(request)
+        self._check_room(owner)
+        self._storage.make_room(resolved, [job.folder.job_id for job in self.jobs()])
+        return self._baselines.submit(make_baseline_folder(self, resolved, new_job_id(), owner=owner), owner)
 
     def _check_room(self, owner: str) -> None:
         if self.desk.is_closing or self.state in ("failed", "closed"):
@@ -339,6 +357,8 @@ class Engine:
                 )
             if (made_with := {key: record[key] for key in CHANGES if key in record}) != self.changes():
                 raise RequestError(f"job {job_id} was made with {made_with}, this engine runs {self.changes()}", "job_id")
+            if record.get("baseline"):
+                raise RequestError(f"job {job_id} was a comparison, which does not go on; start it again", "job_id")
             if record.get("has_tensors"):
                 raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
             if record.get("threads") != self._options.threads:
@@ -350,11 +370,11 @@ class Engine:
 
     def job(self, job_id: str) -> Job | None:
         """A job of this run by id; older ones are on disk (`journal.find_job`, `registry.list_facts`)."""
-        return self.desk.get(job_id)
+        return self.desk.get(job_id) or self._baselines.get(job_id)
 
     def jobs(self) -> list[Job]:
         """Jobs that have not ended: those at work first, then the queue in the order they will run."""
-        return self.desk.jobs()
+        return [*self.desk.jobs(), *self._baselines.jobs()]
 
     def forget(self, job_id: str) -> None:
         """Drop an ended job from memory (its files stay). The oldest are dropped without being asked for."""

@@ -38,6 +38,8 @@ def _note(folder: JobFolder) -> str | None:
     events = folder.events()
     if folder.record().get("has_tensors"):
         reason = "the program was ended before the job was done, and the tensors it was given are not kept; submit it again"
+    if folder.record().get("baseline"):
+        reason = "the program was ended before the comparison was done; start it again"
     last = next((event for event in reversed(events) if isinstance(event, (Started, Queued, Interrupted))), None)
     if isinstance(last, Started):
         folder.append(Interrupted(job_id=folder.job_id, kind="EngineError", message="the program was ended while the job ran"))

@@ -105,7 +105,11 @@ class Estimator:
             return None
         try:
             record = folder.record()
-            if record.get("model") != self._model or record.get("ranks", self._engine.ranks) != self._engine.ranks:
+            if (
+                record.get("baseline")
+                or record.get("model") != self._model
+                or record.get("ranks", self._engine.ranks) != self._engine.ranks
+            ):
                 return None
             return (final.time_s - started.time_s) / work_of(GenerationRequest(**record["request"]))
         except (DualParalError, KeyError, TypeError, AssertionError):

@@ -32,7 +32,7 @@ DEFAULT_EXAMPLES = (
 )
 # Buttons inside our HTML carry data-do and data-id; each kind becomes an event of that component.
 BUTTONS_JS = """
-const kinds = ['show', 'halt', 'turn', 'reuse', 'remove', 'resume'];
+const kinds = ['show', 'halt', 'turn', 'reuse', 'remove', 'resume', 'compare'];
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-do]');
   if (!button || button.disabled) return;
@@ -142,6 +142,7 @@ class Page:
         self.queue.halt(self._stop_this, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.gallery.show(self._watch_this, [browser], self.job_id, **QUIET), is_new=False)
         self._then_follow(self.result.resume(self._resume, [browser], self.job_id, **QUIET))
+        self._then_follow(self.result.compare(self._compare, [browser], self.job_id, **QUIET))
         self.gallery.reuse(self._reuse, [browser], inputs, **QUIET)
         self.gallery.remove(self._delete, [browser, self.gallery_page], [self.gallery, self.gallery_page], **QUIET)
         self.gallery.turn(self._turn, [browser], [self.gallery, self.gallery_page], **QUIET)
@@ -221,6 +222,12 @@ class Page:
     def _resume(self, token: str, event: gr.EventData, request: gr.Request) -> str:
         try:
             return self.studio.resume(event.id, self._owner(token, request)).job_id
+        except DualParalError as error:
+            raise one_sentence(error) from None
+
+    def _compare(self, token: str, event: gr.EventData, request: gr.Request) -> str:
+        try:
+            return self.studio.compare(event.id, self._owner(token, request)).job_id
         except DualParalError as error:
             raise one_sentence(error) from None
 

@@ -120,7 +120,7 @@ def board(found: Snapshot, studio: Studio) -> str:
     )
 
 
-def result(found: Snapshot, root: str, can_resume: bool = False) -> str:
+def result(found: Snapshot, root: str, can_resume: bool = False, can_compare: bool = False) -> str:
     """After a job: download, go on, timings, the stages' timeline, the settings as JSON. '' while it runs."""
     if not found.is_ended:
         return ""
@@ -131,6 +131,10 @@ def result(found: Snapshot, root: str, can_resume: bool = False) -> str:
         url, amount = safe(file_url(named, root)), size(video.stat().st_size)
         download = f'<a class="download" href="{url}" download="{named.name}">Download mp4 <span>{amount}</span></a>'
     go_on = f'<button type="button" data-do="resume" data-id="{safe(found.job_id)}">Resume</button>' if can_resume else ""
+    if can_compare:
+        hint = "the same request through diffusers’ WanPipeline in one pass, when nothing else runs"
+        button = f'<button type="button" data-do="compare" data-id="{safe(found.job_id)}" title="{hint}">'
+        go_on += f"{button}Compare with plain Wan</button>"
     timings = found.timings
     bar = f"<h3>Where the time went</h3>{charts.timings_bar(timings)}" if timings else ""
     plot = charts.timeline(found.spans)
@@ -138,6 +142,8 @@ def result(found: Snapshot, root: str, can_resume: bool = False) -> str:
     settings = json.dumps(request.model_dump(exclude_none=True), ensure_ascii=False, indent=2)
     facts = {"size": f"{request.width}×{request.height}", "seed": request.seed, "steps": request.num_inference_steps,
              "guidance": f"{request.guidance_scale:g}", "job": found.job_id}  # fmt: skip
+    if found.is_baseline:
+        facts["made by"] = "plain Wan, one pass"
     if timings.get("total_s"):
         facts["total"] = duration(timings["total_s"])
     told = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())

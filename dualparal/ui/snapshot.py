@@ -48,6 +48,14 @@ class Snapshot:
     created_s: float = 0.0
 
     @property
+    def is_baseline(self) -> bool:
+        """Whether plain Wan makes it, for comparison."""
+        try:
+            return bool(self.folder.record().get("baseline"))
+        except DualParalError:
+            return False
+
+    @property
     def is_ended(self) -> bool:
         return self.state in ENDED
 

@@ -99,12 +99,21 @@ class Studio:
 
     def can_resume(self, found: Snapshot) -> bool:
         """Whether the job ended before its last block was made, so that it can go on from its last saved sweep."""
-        return found.state in ("failed", "cancelled", "interrupted") and found.started is not None
+        return found.state in ("failed", "cancelled", "interrupted") and found.started is not None and not found.is_baseline
 
     def resume(self, job_id: object, owner: str = "") -> Snapshot:
         """Queue again a job that was stopped, failed or was cut off; it gives the bits it would have given."""
         found = self.find(job_id, owner)
         return snapshot.of_job(self.engine.resume(found.job_id))
+
+    def can_compare(self, found: Snapshot) -> bool:
+        """Whether plain Wan can be asked for the same video."""
+        return found.state == "finished" and self.engine.can_compare and not found.is_baseline
+
+    def compare(self, job_id: object, owner: str = "") -> Snapshot:
+        """Queue the request of a finished job for plain Wan, in one pass over the whole video."""
+        found = self.find(job_id, owner)
+        return snapshot.of_job(self.engine.compare(found.request, owner=owner))
 
     def delete(self, job_id: object, owner: str = "") -> None:
         """Remove an ended job and its files."""

@@ -55,10 +55,8 @@ async def watch(studio: Studio, job_id: str, owner: str, root: str, is_current: 
 
 def _ended(found: Snapshot, studio: Studio, root: str) -> Update:
     video = str(found.video) if found.video else None
-    return (
-        gr.update(value=video), panels.board(found, studio), panels.result(found, root, studio.can_resume(found)),
-        gr.update(visible=False), _hidden(),
-    )  # fmt: skip
+    result = panels.result(found, root, studio.can_resume(found), studio.can_compare(found))
+    return gr.update(value=video), panels.board(found, studio), result, gr.update(visible=False), _hidden()
 
 
 def _hidden() -> Any:
