@@ -27,6 +27,7 @@ from PIL import Image
 from dualparal.pocket.judge import block_borders, drift, jumps, repetition
 from dualparal.pocket.metrics import adherence, read_frames
 from dualparal.pocket.world import SIDE_PX, Prompt, held_out_prompts, random_scene
+from dualparal.presets import Limits, find_preset
 from dualparal.request import CONTEXTS, SCHEDULES, GenerationRequest, frames_of_latents
 
 log = logging.getLogger(__name__)
@@ -123,10 +124,15 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ]
     if not wanted:
         return
+    preset = find_preset(options.model)
+    limits = Limits(seconds=25_000, num_per_block=1024)  # one pass over everything is a method too
     with (
         tempfile.TemporaryDirectory() as folder,
-        Engine(options.model, ranks=options.ranks, threads=options.threads, outputs=folder) as engine,
-    ):
+        Engine(
+            options.model, preset=preset.model_copy(update={"limits": limits}), ranks=options.ranks, threads=options.threads,
+            outputs=folder,
+        ) as engine,
+    ):  # fmt: skip
         for method, prompt, seed in wanted:
             start = time.monotonic()
             frames = make_frames(engine, method, prompt, seed, options)
