@@ -1,6 +1,6 @@
 """Block steps of a whole stage on one CUDA device at Wan's real shapes, random weights, bf16, against `WanPipeline`'s forward.
 
-    python -m benchmarks.gpu [--model 1.3b] [--layers 30] [--attention native] [--compile]
+    python -m benchmarks.gpu [--model 1.3b] [--layers 30] [--attention native] [--compile] [--quantization fp8] [--offload]
 
 For several windows: time per item and per own latent, against diffusers' own transformer over a whole video of 21 latents in
 the same run (guidance halves one after the other, as `WanPipeline` runs them); share of the card's measured bf16 matmul
@@ -26,6 +26,7 @@ from dualparal.core.schedule import make_schedule
 from dualparal.core.sizes import WAN_1_3B, WAN_14B
 from dualparal.model import stage as stage_module
 from dualparal.model.checkpoint import keeps_float32
+from dualparal.model.low_memory import Quantizer
 from dualparal.model.stage import JobShape, Stage
 from dualparal.request import GenerationRequest
 
@@ -55,33 +56,42 @@ class _Shape:
         return self._config
 
 
-def random_model(config: Mapping[str, Any]) -> WanTransformer3DModel:
-    """A transformer of this shape on the device, small random weights, upstream's float32 parts in float32."""
+def random_model(
+    config: Mapping[str, Any], device: torch.device | str = DEVICE, quantization: str | None = None
+) -> WanTransformer3DModel:
+    """A transformer of this shape, small random weights, upstream's float32 parts in float32."""
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
     model = model.to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if keeps_float32(name):
             parameter.data = parameter.data.float()
-    model = model.to_empty(device=DEVICE).requires_grad_(False).eval()
-    for parameter in model.parameters():
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    quantizer = Quantizer(model, quantization, torch.bfloat16)
+    for name, parameter in model.named_parameters():
         parameter.uniform_(-0.02, 0.02)
+        parameter.data = parameter.data.to(quantizer.storage_dtype(name, parameter.dtype))
+        quantizer.after(name)
+    quantizer.finish()
     rope = model.rope
-    model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(DEVICE)
+    model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return model
 
 
 def measure_steps(
     config: Mapping[str, Any], request: GenerationRequest, *, num_items: int = 24, attention: str | None = None,
-    is_compiled: bool = False,
+    is_compiled: bool = False, quantization: str | None = None, is_offloaded: bool = False,
 ) -> Measured:  # fmt: skip
     """Run the first items of `request`'s schedule on a stage that holds all layers of `config`."""
     assert request.height and request.width and request.num_inference_steps and request.guidance_scale is not None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with patch.object(stage_module, "load_transformer_share", lambda *_, **__: random_model(config)):
+    with patch.object(stage_module, "load_transformer_share", _load(config)):
         layers = range(int(config["num_layers"]))
-        stage = Stage(_Shape(config), layers, dtype="bfloat16", device=DEVICE, attention=attention, is_compiled=is_compiled)  # type: ignore[arg-type]
+        stage = Stage(
+            _Shape(config), layers, dtype="bfloat16", device=DEVICE, attention=attention, is_compiled=is_compiled,  # type: ignore[arg-type]
+            quantization=quantization, is_offloaded=is_offloaded,
+        )  # fmt: skip
     workload = workload_of(request, config, [len(layers)], rules=rules_of(request))
     schedule = make_schedule(rules_of(request), workload.schedule.plan, (0,) * request.num_inference_steps)
     halves = [torch.randn(1, 512, int(config["text_dim"])) for _ in range(workload.num_halves)]
@@ -99,6 +109,13 @@ def measure_steps(
     times = sorted(found[flops][1:] or found[flops])  # the first one warms up
     stage.end()
     return Measured(times[len(times) // 2], flops, torch.cuda.max_memory_allocated())
+
+
+def _load(config: Mapping[str, Any]) -> Callable[..., WanTransformer3DModel]:
+    def load(*_: Any, device: torch.device, quantization: str | None, **__: Any) -> WanTransformer3DModel:
+        return random_model(config, device, quantization)
+
+    return load
 
 
 def measure_whole(config: Mapping[str, Any], height: int, width: int) -> float:
@@ -149,6 +166,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--attention", help="backend of diffusers' dispatcher")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--quantization", choices=("fp8", "int8"))
+    parser.add_argument("--offload", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; this host has none")
@@ -161,9 +180,14 @@ def main() -> None:
     rows = []
     for num_per_block, num_cat in WINDOWS:
         request = _request(num_per_block, num_cat, options.height, options.width)
-        found = measure_steps(config, request, attention=options.attention, is_compiled=options.compile)
+        found = measure_steps(config, request, attention=options.attention, is_compiled=options.compile,
+                              quantization=options.quantization, is_offloaded=options.offload)  # fmt: skip
         plan = memory_plan(
-            workload_of(request, config, [config["num_layers"]]), height=options.height, width=options.width
+            workload_of(request, config, [config["num_layers"]]),
+            height=options.height,
+            width=options.width,
+            quantization=options.quantization,
+            is_offloaded=options.offload,
         ).ranks[0]
         planned = plan.total - plan.latents - plan.codec - GPU_RUNTIME_BYTES
         own_s = found.seconds / num_per_block
@@ -172,10 +196,12 @@ def main() -> None:
             f"{found.flops / found.seconds / peak:.0%}", f"{found.peak_bytes / 1e9:.2f}", f"{planned / 1e9:.2f}",
         ))  # fmt: skip
     print(f"{hardware()}\n")
+    extras = [name for name, is_on in (("compiled", options.compile), ("offloaded", options.offload)) if is_on]
+    told = ", ".join([f"attention {options.attention or 'native'}", *filter(None, [options.quantization]), *extras])
     print(
-        f"{options.model}, {config['num_layers']} layers, {options.width}x{options.height}, bf16, attention "
-        f"{options.attention or 'native'}{', compiled' if options.compile else ''}; matmul peak {peak / 1e12:.0f} TFLOP/s; "
-        f"diffusers' transformer: {per_latent_s * 1e3:.1f} ms per latent of a {WHOLE_LATENTS}-latent video.\n"
+        f"{options.model}, {config['num_layers']} layers, {options.width}x{options.height}, bf16, {told}; matmul peak "
+        f"{peak / 1e12:.0f} TFLOP/s; diffusers' transformer: {per_latent_s * 1e3:.1f} ms per latent of a "
+        f"{WHOLE_LATENTS}-latent video.\n"
     )
     header = ("num_per_block", "num_cat", "item, ms", "per own latent, ms", "against diffusers", "of matmul peak",
               "peak, GB", "plan, GB")  # fmt: skip

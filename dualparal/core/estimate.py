@@ -234,7 +234,7 @@ def _layer_peak(workload: Workload, item: Item, width_bytes: int, unpacked: int)
     with the rotation. Attention: the same without float32, and its output. Feed-forward: the layer's input, the state after
     attention, the text's share, norm, and the inner tensor before and after GELU. Residual: the same with the output for the
     inner tensors, and state, output and their sum in float32. In a float32 model casts make no copies. `unpacked` bytes of an
-    8-bit matrix are there in the feed-forward.
+    8-bit matrix are there while it is multiplied, beside its input and output.
     """
     window, keys = query_and_key_frames(workload.schedule, item)
     per_token = workload.halves_of(item) * workload.tokens_per_frame * workload.sizes.dim
@@ -242,7 +242,7 @@ def _layer_peak(workload: Workload, item: Item, width_bytes: int, unpacked: int)
     rotating = (4 * queries + (2 + cast) * seen) * width_bytes + (1 + cast) * seen * 4
     attention = (5 * queries + 3 * seen) * width_bytes
     inner = queries * workload.sizes.ffn_dim // workload.sizes.dim
-    feed_forward = (4 * queries + 2 * inner) * width_bytes + unpacked
+    feed_forward = max((4 * queries + 2 * inner) * width_bytes, (5 * queries + inner) * width_bytes + unpacked)
     residual = 5 * queries * width_bytes + (1 + 2 * cast) * queries * 4
     return max(rotating, attention, feed_forward, residual)
 

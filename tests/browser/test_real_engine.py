@@ -179,6 +179,22 @@ def test_a_stopped_job_is_resumed_from_the_page(page: Any, served: Served) -> No
     assert describe(served.folder / "outputs" / job_id / "video.mp4")["num_frames"] == 641
 
 
+def test_a_video_is_compared_with_plain_wan(page: Any, served: Served) -> None:
+    """The button beside a finished video runs the same request through diffusers' pipeline, as a job of its own."""
+    ask(page, "twice the same", 2)
+    wait_state(page, "finished")
+    first = job_of(page)
+    page.click("#result [data-do=compare]")
+    page.wait_for_function("id => document.querySelector('.board')?.dataset.job !== id", arg=first)
+    wait_state(page, "finished")
+    page.wait_for_function("document.querySelector('#result')?.innerText.includes('plain Wan')")
+    assert page.locator("#result [data-do=compare]").count() == 0
+    folders = [served.folder / "outputs" / job_id for job_id in (first, job_of(page))]
+    one, other = (describe(folder / "video.mp4") for folder in folders)
+    assert one["num_frames"] == other["num_frames"] == 33
+    assert read_settings(folders[0] / "video.mp4") == read_settings(folders[1] / "video.mp4")
+
+
 def test_a_killed_worker_is_noticed_and_the_job_goes_on(page: Any, served: Served) -> None:
     ask(page, "will be cut off", 60)
     page.wait_for_function("document.querySelector('.headline b')?.innerText.startsWith('Denoising')")

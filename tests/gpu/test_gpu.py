@@ -18,6 +18,7 @@ from dualparal.model.calibrate import calibrate
 from dualparal.model.layout import Checkpoint
 from dualparal.model.speedups import use_attention
 from dualparal.model.stage import Stage
+from dualparal.model.tiny import write_tiny_checkpoint
 from tests.local_ring import denoise_in_threads
 from tests.texts import joined, some_texts
 
@@ -97,3 +98,26 @@ def test_peak_memory_of_a_real_stage_is_the_plans() -> None:
     plan = memory_plan(workload_of(request, {**WAN_1_3B, "num_layers": 5}, [5]), height=480, width=832).ranks[0]
     held_by_the_stage = plan.total - plan.latents - plan.codec - GPU_RUNTIME_BYTES
     assert 0.9 * held_by_the_stage <= found.peak_bytes <= 1.1 * held_by_the_stage
+
+
+def test_offloaded_layers_give_the_same_bits(tiny: Path, tmp_path: Path) -> None:
+    plain = latents_of(tiny, tmp_path / "plain", device="cuda")
+    moved = latents_of(tiny, tmp_path / "moved", device="cuda", offload=True)
+    assert torch.equal(plain, moved)
+
+
+def test_offloaded_layers_leave_room(tmp_path: Path) -> None:
+    """After loading none of the layers is on the card."""
+    folder = write_tiny_checkpoint(tmp_path / "model", num_layers=6, num_heads=8, head_dim=64, ffn_dim=2048)
+    before = torch.cuda.memory_allocated()
+    stage = Stage(Checkpoint(folder), range(6), dtype="bfloat16", device="cuda:0", is_offloaded=True)
+    outside = sum(v.nbytes for name, v in stage.models[0].named_parameters() if not name.startswith("blocks."))
+    assert torch.cuda.memory_allocated() - before <= 1.1 * outside + 2**20
+
+
+def test_fp8_weights_on_a_card(tiny: Path, tmp_path: Path) -> None:
+    plain = latents_of(tiny, tmp_path / "plain", device="cuda")
+    small = latents_of(tiny, tmp_path / "small", device="cuda", quantization="fp8")
+    both = latents_of(tiny, tmp_path / "both", device="cuda", quantization="fp8", offload=True)
+    assert 0 < (plain - small).abs().max() < 1.0
+    assert torch.equal(small, both)
