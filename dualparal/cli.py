@@ -27,6 +27,7 @@ from dualparal.request import CONTEXTS, SCHEDULES, GenerationRequest
 from dualparal.runtime.engine_options import layer_counts
 from dualparal.runtime.journal import check_job_id, find_job, list_jobs, new_job_id, outputs_folder
 from dualparal.runtime.logs import set_up_logs
+from dualparal.runtime.torchrun import find_team
 
 STOPPED = 130
 
@@ -184,6 +185,7 @@ def make_engine(options: argparse.Namespace) -> Any:
         layer_split=layer_counts(options.layer_split), outputs=options.outputs, verbose=options.verbose,
         attention=options.attention, compile=options.compile, vae_dtype=options.vae_dtype,
         quantization=options.quantization, offload=options.offload, text_encoder=options.text_encoder, loras=options.lora,
+        team=find_team(),
     )  # fmt: skip
 
 
@@ -191,6 +193,8 @@ def _generate(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in GenerationRequest.model_fields}
     request = GenerationRequest(**{name: value for name, value in given.items() if value is not None})
     engine = make_engine(options)
+    if engine.team and not engine.team.is_front_end:
+        return int(engine.host())
     request = engine.resolve(request)
     if options.save_file:
         _check_writable(options.save_file)

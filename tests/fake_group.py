@@ -43,7 +43,9 @@ class Notebook:
 class FakeGroup:
     notebook: Notebook
 
-    def __init__(self, options: WorkerOptions) -> None:
+    missing: tuple[str, ...] = ()
+
+    def __init__(self, options: WorkerOptions, gate: None = None) -> None:
         self.options = options
         self.processes: dict[str, Any] = {"rank 0": None, "codec": None}
         self.requests: queue.Queue[Any] = queue.Queue()

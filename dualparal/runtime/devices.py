@@ -39,6 +39,15 @@ def place(device: str, ranks: int, replica: int = 0, replicas: int = 1) -> tuple
     return tuple(f"cuda:{first + rank}" for rank in range(ranks)), f"cuda:{codec}"
 
 
+def place_hosts(device: str, ranks: int, local_ranks: int) -> tuple[tuple[str, ...], str]:
+    """As `place`, for one pipeline over several hosts of which this one, the first, has `local_ranks` ranks.
+
+    The codec stays on this host. What the other hosts' devices are called, they know themselves.
+    """
+    local, codec = place(device, local_ranks)
+    return tuple(local[rank % local_ranks] for rank in range(ranks)), codec
+
+
 def bytes_per_device(device: str) -> int | None:
     """Memory that one device has: "cpu" the host's (or this container's limit), else the smallest visible card's.
 

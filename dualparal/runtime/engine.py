@@ -30,9 +30,11 @@ from dualparal.request import GenerationRequest
 from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, make_baseline_folder
 from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
-from dualparal.runtime.devices import bytes_per_device, place
+from dualparal.runtime.devices import bytes_per_device, place, place_hosts
 from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.engine_options import check_offload, check_quantization, check_text_encoder, dtype_name
+from dualparal.runtime.gate import Gate
+from dualparal.runtime.host import host_rank
 from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
 from dualparal.runtime.journal import JobFolder, find_job, new_job_id, outputs_folder
@@ -41,6 +43,7 @@ from dualparal.runtime.recovery import cut_off, told_blocks
 from dualparal.runtime.replica import Replica
 from dualparal.runtime.storage import Storage
 from dualparal.runtime.tensors import checked_noise, checked_text
+from dualparal.runtime.torchrun import Team, end_with_the_agent, settle_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +88,7 @@ class Engine:
         vae_dtype: str | None = None,
         text_encoder: str = "keep",
         loras: Sequence[str] = (),
+        team: Team | None = None,
     ) -> None:
         """Check everything that can be checked without loading a weight; start nothing.
 
@@ -100,17 +104,23 @@ class Engine:
         Serving many: `replicas` worker groups take jobs from one queue; `auto_resume`: a job whose worker died goes on by
         itself, once; at most `max_queue` jobs wait, `max_per_owner` of one owner wait and run; videos of ended jobs are
         deleted, the oldest first, to stay under `max_disk_bytes`; `admit` may refuse a resolved request with a sentence;
-        `log_json`: workers log one JSON object a line.
+        `log_json`: workers log one JSON object a line. `team`: one pipeline over torchrun's processes (`torchrun.find_team`),
+        each a rank; only the first may be started, the others `host`.
         """
         self.preset, self.checkpoint = find_model(str(model), preset)
         self.num_experts = self.checkpoint.num_experts
-        self.ranks, self.num_replicas = ranks, replicas
+        ranks = settle_ranks(team, ranks, replicas)
+        self.ranks, self.num_replicas, self.team = ranks, replicas, team
         if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
             raise RequestError(f"ranks={ranks!r} is not a number of processes; use 1 or more", "ranks")
         if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
             raise RequestError(f"replicas={replicas!r} is not a number of worker groups; use 1 or more", "replicas")
         layers = split_layers(self.checkpoint.num_layers, ranks, layer_split)
-        places = [place(device, ranks, replica, replicas) for replica in range(replicas)]
+        local_ranks = team.local_ranks if team else ranks  # on this host
+        places = [
+            place_hosts(device, ranks, local_ranks) if team else place(device, ranks, replica, replicas)
+            for replica in range(replicas)
+        ]
         devices, codec_device = places[0]
         name = dtype_name(dtype, "float32" if devices[0] == "cpu" else self.preset.dtype, "dtype")
         vae_dtype = dtype_name(vae_dtype, self.preset.vae_dtype, "vae_dtype")
@@ -119,7 +129,7 @@ class Engine:
         self.outputs = outputs_folder(outputs)
         self._options = WorkerOptions(
             folder=str(self.checkpoint.folder), layers=layers, devices=devices, codec_device=codec_device,
-            dtype=name, threads=threads or max(1, (os.cpu_count() or 1) // (ranks * replicas)), timeout_s=timeout_s,
+            dtype=name, threads=threads or max(1, (os.cpu_count() or 1) // (local_ranks * replicas)), timeout_s=timeout_s,
             verbose=verbose, log_json=log_json, worker_hook=worker_hook, attention=attention, is_compiled=compile,
             vae_dtype=vae_dtype, text_encoder=check_text_encoder(text_encoder), text_cache=str(cache_folder() / "text"),
             loras=find_loras(loras, self.num_experts), quantization=check_quantization(quantization),
@@ -190,6 +200,9 @@ class Engine:
             if self._is_started:
                 raise EngineError("this engine has been started before; make a new one")
             self._is_started = True
+            if self.team is not None:
+                end_with_the_agent()
+                self._gate = self.replicas[0].gate = Gate(self.team)
             for replica in self.replicas:
                 replica.start()
         self._at_exit = _close_at_exit(self)
@@ -220,10 +233,18 @@ class Engine:
         for replica in self.replicas:
             replica.join()
         self.desk.end_all(EngineError("the engine was closed before the job was done"), is_stored=False)
+        if self._gate is not None:
+            self._gate.close()
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
 
+    def host(self) -> int:
+        """On torchrun's ranks other than 0, in place of `start`: run this rank's worker until rank 0 ends; the exit code."""
+        assert self.team is not None and not self.team.is_front_end
+        return host_rank(self.team, self._options)
+
     _at_exit: Callable[[], None] | None = None
+    _gate: Gate | None = None
 
     # Jobs
 

@@ -4,11 +4,12 @@ on the front end's side: arrays travel as numpy.
     front end ─ RunJob, CancelJob, Shutdown ─► rank 0 ─ JobSpec (broadcast) ─► ranks 1 … N-1
     rank 0 ─ EncodeText, OpenVideo, DecodeBlock, CloseVideo, Shutdown ─► codec ─ Embeddings ─► rank 0
     every worker ─ Ready, Beat, Spans, WorkerError, ... and public events ─► front end
+    across hosts: front end ─ StartRank, StopRank, Farewell ─► host ─ Hello, RankBegun, RankEnded ─► front end
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class WorkerOptions:
     text_encoder: str = "keep"  # where it is after encoding: keep, free, cpu
     text_cache: str | None = None  # folder of embeddings kept across runs
     loras: tuple[Lora, ...] = ()
+    clock_ahead_s: float = 0.0  # of the front end's monotonic clock over this host's
 
     @property
     def ranks(self) -> int:
@@ -142,9 +144,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class StorePort:
-    """Rank 0 to the front end, front end to the other ranks: where the rendezvous store listens."""
+    """Rank 0 to the front end: where the rendezvous store listens; front end to all ranks, once all are there: go and meet.
+
+    `interface` is the one gloo talks over.
+    """
 
     port: int
+    host: str = "127.0.0.1"
+    interface: str | None = "lo"  # gloo would look up the host's name, which need not resolve
 
 
 @dataclass(frozen=True)
@@ -157,13 +164,17 @@ class Beat:
 
 @dataclass(frozen=True)
 class Span:
-    """A stage (or the codec) worked from `start_s` to `end_s`, seconds of the host's monotonic clock, on a block step."""
+    """A stage (or the codec) worked from `start_s` to `end_s`, seconds of the front end's monotonic clock, on a block step."""
 
     stage: str
     start_s: float
     end_s: float
     block: int
     step: int
+
+    def later(self, seconds: float) -> Span:
+        """The same work told by a clock that is `seconds` ahead."""
+        return replace(self, start_s=self.start_s + seconds, end_s=self.end_s + seconds) if seconds else self
 
 
 @dataclass(frozen=True)
@@ -207,3 +218,50 @@ class WorkerError:
     name: str
     kind: str
     message: str
+
+
+# Between the front end and the processes that host the other ranks under torchrun
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A host's first message: whose worker it will run, and what it calls itself."""
+
+    rank: int
+    host: str
+
+
+@dataclass(frozen=True)
+class StartRank:
+    """Front end to a host: start the rank's worker, in place of any older one. `sent_s`: the front end's monotonic clock."""
+
+    generation: int
+    options: WorkerOptions
+    sent_s: float
+
+
+@dataclass(frozen=True)
+class StopRank:
+    """Front end to a host: kill the rank's worker."""
+
+
+@dataclass(frozen=True)
+class RankBegun:
+    """A host to the front end: from here on messages are those of the worker of `generation`."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
+class RankEnded:
+    """A host to the front end: the worker of `generation` is gone; `exitcode` as multiprocessing has it."""
+
+    generation: int
+    exitcode: int
+
+
+@dataclass(frozen=True)
+class Farewell:
+    """Front end to a host: all is done, or somebody else hosts this rank now. `reason` is for its log."""
+
+    reason: str

@@ -91,7 +91,8 @@ def rank_main(
         }
         uplink.send(Ready(uplink.name, about))
         if rank:
-            serve_stage(stage, links, lambda job_id, spans: uplink.send(Spans(job_id, tuple(spans))))
+            ahead_s = options.clock_ahead_s
+            serve_stage(stage, links, lambda job_id, spans: uplink.send(Spans(job_id, tuple(s.later(ahead_s) for s in spans))))
         else:
             assert requests is not None and to_codec is not None and from_codec is not None
             Coordinator(stage, links, checkpoint, uplink, requests, to_codec, from_codec, options).serve()
@@ -100,17 +101,18 @@ def rank_main(
 
 
 def join_ring(rank: int, options: WorkerOptions, uplink: Uplink, device: torch.device) -> Links:
-    """Meet the other ranks over a store on a free port of this host; rank 0 tells the front end which."""
+    """Meet the other ranks over a store on a free port of rank 0's host; the front end says when all are there."""
     if options.ranks == 1:
         return SoloLinks()
-    # gloo would look up the host's name, which need not resolve; all ranks are on this host.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = datetime.timedelta(seconds=options.timeout_s)
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, options.ranks, is_master=True, timeout=timeout, wait_for_workers=False)
         uplink.send(StorePort(store.port))
-    else:
-        store = dist.TCPStore("127.0.0.1", uplink.receive().port, options.ranks, is_master=False, timeout=timeout)
+    meeting: StorePort = uplink.receive()
+    if meeting.interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
+    if rank:
+        store = dist.TCPStore(meeting.host, meeting.port, options.ranks, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks, timeout=IDLE_TIMEOUT)
     return DistributedLinks(rank, options.ranks, device=device, timeout_s=options.timeout_s)
 

@@ -21,6 +21,7 @@ from dualparal.errors import DualParalError, EngineError, WorkerDied, WorkerFail
 from dualparal.events import Cancelled, Event, Finished, Progress
 from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.ending import end_early
+from dualparal.runtime.gate import Gate
 from dualparal.runtime.job import Job
 from dualparal.runtime.journal import STATE_FOLDER
 from dualparal.runtime.launch import WorkerGroup
@@ -56,6 +57,7 @@ class Replica:
         self.device_bytes: dict[str, int] = {}  # GPU memory in use, as told with the last heartbeat
         self.num_restarts = 0
         self.at_rank_0: Job | None = None
+        self.gate: Gate | None = None  # to ranks on other hosts
         self._desk = desk
         self._decoding: dict[str, Job] = {}  # left rank 0, not yet closed by the codec
         self._to_stop: deque[Job] = deque()
@@ -124,7 +126,7 @@ class Replica:
     def _run_group(self) -> tuple[bool, DualParalError | None]:
         """One generation of workers, from start to end: (whether it was ever ready, what ended it)."""
         self.workers, self.device_bytes = {}, {}
-        group = WorkerGroup(self.options)
+        group = WorkerGroup(self.options, self.gate)
         waiting_for = set(group.processes)
         error: DualParalError | None = None
         try:
@@ -174,6 +176,8 @@ class Replica:
             # When all are silent it was this process that slept.
             if silent and error is None and now_s - max(seen_s.values()) < SILENCE_S / 2:
                 error = WorkerDied(f"{silent[0]} has not answered for {SILENCE_S:.0f} s")
+            if group.missing:  # nobody knows when a host comes back
+                deadline_s = now_s + START_TIMEOUT_S
             if waiting_for and now_s > deadline_s:
                 error = WorkerDied(f"{min(waiting_for)} was not ready within {START_TIMEOUT_S:.0f} s")
             if not waiting_for and error is None:
@@ -194,7 +198,7 @@ class Replica:
                 elif other.kind != "WorkerDied":
                     return error_from_wire(other.kind, other.message)
             for name in ended:
-                if name != message.name and (group.processes[name].exitcode or 0) < 0:
+                if name != message.name and group.was_killed(name):
                     return WorkerDied(group.describe_end(name))
             if ended:
                 time.sleep(0.05)  # an ended process stays ready to be waited for

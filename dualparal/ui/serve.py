@@ -30,6 +30,7 @@ from dualparal.presets import PACKAGE, Limits, Preset, find_preset, load_presets
 from dualparal.runtime.devices import place
 from dualparal.runtime.journal import outputs_folder
 from dualparal.runtime.metrics import metrics_text
+from dualparal.runtime.torchrun import find_team
 from dualparal.ui.page import HERE, Page, theme
 from dualparal.ui.studio import Studio
 
@@ -90,13 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DualParalError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    if engine.team and not engine.team.is_front_end:
+        return engine.host()
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
         engine.start(wait=False)
         engine.recover()  # what the last run of this server left undone
-        device = place(arguments.device, arguments.ranks)[0][0].split(":")[0]
+        device = place(arguments.device, 1)[0][0].split(":")[0]
         studio = Studio(engine, load_presets(arguments.presets_folder), device=device)
         page = launch(
             studio, host=arguments.host, port=arguments.port, auth=logins(arguments.auth), root_path=arguments.root_path
@@ -126,6 +129,7 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
         compile=arguments.compile, quantization=arguments.quantization, offload=arguments.offload,
         text_encoder=arguments.text_encoder, loras=arguments.lora, outputs=arguments.outputs,
         max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner, max_disk_bytes=max_disk_bytes, auto_resume=True,
+        team=find_team(),
     )  # fmt: skip
 
 
