@@ -31,6 +31,7 @@ from dualparal.runtime.devices import place
 from dualparal.runtime.journal import outputs_folder
 from dualparal.runtime.metrics import metrics_text
 from dualparal.runtime.torchrun import find_team
+from dualparal.ui.choose import choose_for_this_host
 from dualparal.ui.page import HERE, Page, theme
 from dualparal.ui.studio import Studio
 
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     page("--auth", metavar="USER:PASSWORD", help="ask for this login; several with commas")
     page("--root_path", "--root-path", help="path behind a proxy, such as /studio")
     engine = flags.add_argument_group("the engine").add_argument
-    engine("--ranks", type=int, default=1, metavar="N", help="processes (GPUs) that share the model's layers")
+    engine("--ranks", type=int, metavar="N", help="processes (GPUs) that share the model's layers (default: 1)")
     engine("--replicas", type=int, default=1, metavar="N", help="independent groups of ranks behind one queue")
     engine("--device", default="auto", help="auto, cpu or cuda")
     engine("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
@@ -118,19 +119,30 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
     """The engine that the flags describe, checked but not started."""
     from dualparal.runtime.engine import Engine
 
+    ranks, team = 1 if arguments.ranks is None else arguments.ranks, find_team()
     if arguments.model is None:
-        model, preset = default_model()
+        model, preset, ranks = unasked(arguments, ranks, may_choose=team is None)
     else:
         model, preset = arguments.model, find_preset(arguments.model, load_presets(arguments.presets_folder))
     max_disk_bytes = None if arguments.max_disk_gb is None else int(arguments.max_disk_gb * 1e9)
     return Engine(
-        model, preset=preset, ranks=arguments.ranks, replicas=arguments.replicas, device=arguments.device,
+        model, preset=preset, ranks=ranks, replicas=arguments.replicas, device=arguments.device,
         dtype=arguments.dtype, vae_dtype=arguments.vae_dtype, threads=arguments.threads, attention=arguments.attention,
         compile=arguments.compile, quantization=arguments.quantization, offload=arguments.offload,
         text_encoder=arguments.text_encoder, loras=arguments.lora, outputs=arguments.outputs,
         max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner, max_disk_bytes=max_disk_bytes, auto_resume=True,
-        team=find_team(),
+        team=team,
     )  # fmt: skip
+
+
+def unasked(arguments: argparse.Namespace, ranks: int, *, may_choose: bool) -> tuple[str, Preset | None, int]:
+    """Model, preset and ranks when no model was named: what the GPUs can take, or else the embedded one."""
+    if may_choose and arguments.device != "cpu" and arguments.ranks is None and arguments.replicas == 1:
+        setup = choose_for_this_host(load_presets(arguments.presets_folder))
+        log.info("%s", setup.reason)
+        if setup.preset is not None:
+            return setup.preset.name, setup.preset, setup.ranks
+    return *default_model(), ranks
 
 
 def default_model() -> tuple[str, Preset | None]:
