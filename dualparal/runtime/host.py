@@ -47,8 +47,10 @@ def host_rank(team: Team, options: WorkerOptions) -> int:
     same command line: where its files and devices are. Raises `EngineError` when there is no front end to be found."""
     leaving = _take_signals()
     end_with_the_agent()
+    is_known = False
     while not leaving.is_set():
-        connection, address, own = _join(team, leaving)
+        connection, address, own = _join(team, leaving, is_known)
+        is_known = True
         if connection is None:
             break
         with connection:
@@ -74,12 +76,12 @@ def _take_signals() -> threading.Event:
     return leaving
 
 
-def _join(team: Team, leaving: threading.Event) -> tuple[Connection | None, str, str]:
+def _join(team: Team, leaving: threading.Event, is_known: bool) -> tuple[Connection | None, str, str]:
     """(connection to the front end, its address, our own address); no connection when asked to leave."""
     deadline_s = time.monotonic() + NOTICE_TIMEOUT_S
     reason: BaseException | None = None
     while not leaving.is_set() and time.monotonic() < deadline_s:
-        notice = read_notice(team, max(1.0, deadline_s - time.monotonic()))
+        notice = read_notice(team, max(1.0, deadline_s - time.monotonic()), is_known=is_known)
         for _ in range(DIALS_PER_NOTICE):
             try:
                 connection, own = dial(notice.host, notice.port, notice.shared_key(team))

@@ -91,9 +91,10 @@ def leave_notice(team: Team, notice: Notice) -> None:
     _ask_store(team, "put", json.dumps(asdict(notice)), timeout_s=60.0)
 
 
-def read_notice(team: Team, timeout_s: float) -> Notice:
-    """The newest notice; waits for the first one. Raises `EngineError` after `timeout_s`."""
-    return Notice(**json.loads(_ask_store(team, "get", "", timeout_s=timeout_s)))
+def read_notice(team: Team, timeout_s: float, *, is_known: bool = False) -> Notice:
+    """The newest notice; waits for the first one, or with `is_known` only for the store. Raises `EngineError` after
+    `timeout_s`, and when a notice that was there is gone with its store: then the agent of this host has to start anew too."""
+    return Notice(**json.loads(_ask_store(team, "look" if is_known else "get", "", timeout_s=timeout_s)))
 
 
 def _ask_store(team: Team, verb: str, value: str, *, timeout_s: float) -> str:
@@ -106,7 +107,7 @@ def _ask_store(team: Team, verb: str, value: str, *, timeout_s: float) -> str:
         raise EngineError(f"torchrun's store at {team.master_addr}:{team.master_port} does not answer") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
-        raise EngineError(f"torchrun's store at {team.master_addr}:{team.master_port} does not answer: {reason}")
+        raise EngineError(f"torchrun's store at {team.master_addr}:{team.master_port} is of no use: {reason}")
     return done.stdout
 
 

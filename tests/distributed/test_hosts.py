@@ -48,18 +48,19 @@ class Hosts:
 
     def kill(self, node: int) -> None:
         """All at once, as when the power goes."""
-        agent = psutil.Process(self.agents[node].pid)
+        started = self.agents.pop(node)
+        agent = psutil.Process(started.pid)
         for process in [agent, *agent.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        self.agents[node].wait()
+        started.wait()
 
     def wait_for(self, name: str) -> bytes:
         path = self.folder / name
         deadline_s = time.monotonic() + SECONDS
         while not path.exists():
             for node, agent in self.agents.items():
-                assert agent.poll() is None, f"host {node} ended early:\n{self.logs()}"
+                assert agent.poll() in (None, 0), f"host {node} ended early:\n{self.logs()}"
             assert time.monotonic() < deadline_s, f"no {name}:\n{self.logs()}"
             time.sleep(0.1)
         return path.read_bytes()
@@ -82,7 +83,7 @@ def two_hosts(
             hosts.start(node)
         yield hosts
     finally:
-        for node, agent in hosts.agents.items():
+        for node, agent in list(hosts.agents.items()):
             if agent.poll() is None:
                 hosts.kill(node)
 
