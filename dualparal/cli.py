@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module, _, function = handed_on[arguments[0]].partition(":")
             return int(getattr(importlib.import_module(module), function)(arguments[1:]) or 0)
         options = _parser().parse_args([_with_underscores(argument) for argument in arguments])
-        set_up_logs(getattr(options, "verbose", False), getattr(options, "log_json", False))
+        name = team.name if (team := find_team()) else "front end"
+        set_up_logs(getattr(options, "verbose", False), getattr(options, "log_json", False), worker=name)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
     except (RequestError, PresetError) as error:

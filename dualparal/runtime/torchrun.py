@@ -41,6 +41,11 @@ class Team:
     def is_front_end(self) -> bool:
         return self.rank == 0
 
+    @property
+    def name(self) -> str:
+        """What this process is called in logs."""
+        return "front end" if self.is_front_end else f"host of rank {self.rank}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:

@@ -40,9 +40,9 @@ def make(engine: Engine, target: Path) -> None:
 
 
 def main(checkpoint: str, folder: Path) -> int:
-    set_up_logs(verbose=True)
+    set_up_logs(verbose=True, worker=team.name if (team := find_team()) else "front end")
     engine = Engine(
-        checkpoint, preset=SMALL, device="cpu", threads=1, outputs=folder / "outputs", team=find_team(),
+        checkpoint, preset=SMALL, device="cpu", threads=1, outputs=folder / "outputs", team=team,
         worker_hook="tests.distributed.hooks:faults", verbose=True,
     )  # fmt: skip
     if engine.team and not engine.team.is_front_end:
