@@ -23,10 +23,9 @@ FENCE = re.compile(r"```bash\n(.*?)```", re.S)
 STARTS = re.compile(r"(?:\S*python3? (?:-m dualparal|app\.py|scripts/push_space\.py)|^dualparal|-m dualparal)(?=\s|$)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
-OTHERS_FLAGS = {  # of torchrun, docker, pip, pytest, ruff, srun and this project's benchmarks
+OTHERS_FLAGS = {  # of torchrun, docker, pip, pytest, ruff and srun
     "--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--master-port", "--max-restarts", "--rdzv-backend",
     "--rdzv-endpoint", "--rdzv-id", "--gpus", "--shm-size", "--build-arg", "--check", "--no-deps", "--requeue", "--network",
-    "--tflops",
 }  # fmt: skip
 
 
@@ -62,7 +61,7 @@ def parse(words: list[str]) -> None:
 
 
 def known_flags() -> set[str]:
-    """Every flag of the command line and of serve, with underscores and with dashes."""
+    """Every flag of the command line, of serve, of scripts and of benchmarks, with underscores and with dashes."""
     parsers = [cli._parser(), serve.parser()]
     for action in parsers[0]._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -70,8 +69,8 @@ def known_flags() -> set[str]:
     flags = {
         flag for parser in parsers for action in parser._actions for flag in action.option_strings if flag.startswith("--")
     }
-    script = (ROOT / "scripts" / "push_space.py").read_text(encoding="utf-8")
-    flags |= set(re.findall(r'"(--[a-z_-]+)"', script))
+    for script in (*(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "dualparal").rglob("*.py")):
+        flags |= set(re.findall(r'"(--[a-z_-]+)"', script.read_text(encoding="utf-8")))
     return flags | {"--" + flag[2:].replace("_", "-") for flag in flags}
 
 
