@@ -8,7 +8,10 @@ nothing is ever half-written under its final name. Knows no process of the engin
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,8 @@ TO_YUV = (
 
 NULL_PACKET = b"\x47\x1f\xff\x10" + b"\xff" * 184  # MPEG-TS stuffing, ignored by players
 MIN_PACKETS = 16  # with fewer, ffmpeg cannot tell that a file is MPEG-TS (one frame of 64x64 may take five)
+
+PARTIAL = re.compile(r"\.(video\..*|block_\d+\.ts|sweep\.safetensors|latents_\d+\.safetensors|\d+\.png)\.part")
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,9 @@ class VideoWriter:
         if not self.segments:
             return None
         video = self.folder / "video.mp4"
-        partial, listing, tags = (self.folder / f".video.{kind}.part" for kind in ("mp4", "list", "tags"))
+        remove_partials(self.folder)
+        own = secrets.token_hex(4)  # an ffmpeg that outlived its killed writer may still be at another
+        partial, listing, tags = (self.folder / f".video.{own}.{kind}.part" for kind in ("mp4", "list", "tags"))
         try:
             write_bytes(listing, self._listing().encode())
             write_bytes(tags, ffmetadata(settings).encode())
@@ -200,6 +207,17 @@ def thumbnail(video: Path, target: Path, width: int = 320) -> Path:
         raise OutputError(f"making a thumbnail of {video.name} failed: there is no picture in it")
     write_bytes(target, picture)
     return target
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a writer that was killed left half-written in a job's folder; only while no other writer is at work there.
+
+    An ffmpeg that still writes to such a file goes on without a name and ends without a trace.
+    """
+    for path in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
+        if PARTIAL.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

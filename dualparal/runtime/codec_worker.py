@@ -141,7 +141,8 @@ class Codec:
             self._video, self._failed_job = None, job_id
             kind, sentence = describe_error("the video writer", error)
             kind = "OutputError" if isinstance(error, OSError) and not isinstance(error, OutputError) else kind
-            log.error("video of job %s failed", job_id, exc_info=True)
+            is_known = isinstance(error, OutputError)  # a full disk needs no traceback
+            log.error("video of job %s failed: %s", job_id, sentence, exc_info=not is_known)
             self._uplink.send(JobError(job_id, kind, sentence))
 
 

@@ -48,6 +48,7 @@ class Dispatcher:
         self._auto_resume, self._check = auto_resume, check
         self._jobs: dict[str, Job] = {}
         self._ended: deque[str] = deque()
+        self._owed: list[Job] = []  # ended, and a full disk has not taken all their events
 
     # For those who submit
 
@@ -147,11 +148,27 @@ class Dispatcher:
 
     def note_end(self, job: Job) -> None:
         """An ended job is counted, and forgotten when enough others have ended after it."""
+        is_stored = job.store_rest()
         with self.changed:
+            if not is_stored:
+                self._owed.append(job)
             self.tally.ended(job)
             self._ended.append(job.id)
             while len(self._ended) > KEEP_ENDED:
                 self.forget(self._ended.popleft())
+
+    def store_owed(self, *, is_last: bool = False) -> None:
+        """Write what could not be written when jobs ended; the last time, jobs of which the disk still knows no end are let go
+        and count as cut off."""
+        with self.changed:
+            owed, self._owed = self._owed, []
+        left = [job for job in owed if not job.store_rest()]
+        if is_last:
+            for job in left:
+                job.release()
+            return
+        with self.changed:
+            self._owed += left
 
     def _tell_positions(self, is_new: Job | None = None) -> None:
         busy = sum(replica.at_rank_0 is not None for replica in self.replicas)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dualparal.errors import DualParalError, OutputError
 from dualparal.events import BlockReady, Cancelled
-from dualparal.media.writer import Segment, VideoWriter
+from dualparal.media.writer import Segment, VideoWriter, remove_partials
 from dualparal.runtime.job import Job
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 def join_finished(job: Job) -> tuple[str | None, int]:
     """(the mp4 of the blocks finished so far, their frames); (None, 0) when there is none or it cannot be written."""
     blocks: tuple[BlockReady, ...] = job.view().blocks
-    if not blocks or job.has_ended:
+    if job.has_ended:
+        return None, 0
+    remove_partials(job.folder.path)
+    if not blocks:
         return None, 0
     request = job.request
     assert request.fps and request.height and request.width

@@ -235,6 +235,7 @@ class Engine:
         self.desk.end_all(EngineError("the engine was closed before the job was done"), is_stored=False)
         if self._gate is not None:
             self._gate.close()
+        self.desk.store_owed(is_last=True)
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
 

@@ -82,6 +82,7 @@ class Job:
         self._started: Started | None = None
         self._progress: Progress | None = None
         self._num_progress = 0
+        self._unstored: list[Event] = []  # what a full disk has not taken yet
         self._blocks: list[BlockReady] = []
         self._final: Event | None = None
         self._spans: list[Span] = []
@@ -178,8 +179,8 @@ class Job:
                 case Interrupted():
                     self._started = self._progress = None
                 case Finished() | Failed() | Cancelled():
-                    if self._claim is not None:
-                        self._claim.release()
+                    if not self._unstored:  # else nobody may take it for a job that was cut off
+                        self.release()
                     self._final = event
             if isinstance(event, Progress):
                 self._progress = event
@@ -250,11 +251,41 @@ class Job:
 
     def _store(self, event: Event) -> None:
         """Append to the journal; a full disk must not take the job down with it."""
-        try:
-            self.folder.append(event)
-            if isinstance(event, FINAL) and self._spans:
-                spans = [asdict(span) for span in self._spans]
+        self._unstored.append(event)
+        self.store_rest()
+        if isinstance(event, FINAL) and self._spans:
+            spans = [asdict(span) for span in self._spans]
+            try:
                 write_atomically(self.folder.path / "timeline.json", json.dumps(spans))
                 write_atomically(self.folder.path / "trace.json", json.dumps(chrome_trace(self._spans)))
-        except OSError as error:
-            log.error("job %s: event %s could not be stored: %s", self.id, type(event).__name__, error)
+            except OSError as error:
+                log.error("job %s: its timeline could not be stored: %s", self.id, error, extra={"job_id": self.id})
+
+    def store_rest(self) -> bool:
+        """Append what could not be appended before, in order; False when something is still left."""
+        with self._changed:
+            while self._unstored:
+                try:
+                    self.folder.append(self._unstored[0])
+                except OSError as error:
+                    if not self.folder.path.is_dir():  # deleted meanwhile
+                        self._unstored.clear()
+                        break
+                    name = type(self._unstored[0]).__name__
+                    log.log(
+                        logging.DEBUG if self._is_told_of_disk else logging.ERROR,
+                        "job %s: event %s could not be stored yet: %s", self.id, name, error, extra={"job_id": self.id},
+                    )  # fmt: skip
+                    self._is_told_of_disk = True
+                    return False
+                self._unstored.pop(0)
+            if self._final is not None:
+                self.release()
+            return True
+
+    _is_told_of_disk = False
+
+    def release(self) -> None:
+        """Give the claim on the folder back; may be called twice."""
+        if self._claim is not None:
+            self._claim.release()

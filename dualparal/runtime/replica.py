@@ -180,6 +180,7 @@ class Replica:
                 deadline_s = now_s + START_TIMEOUT_S
             if waiting_for and now_s > deadline_s:
                 error = WorkerDied(f"{min(waiting_for)} was not ready within {START_TIMEOUT_S:.0f} s")
+            self._desk.store_owed()
             if not waiting_for and error is None:
                 self._dispatch(group)
         return error
