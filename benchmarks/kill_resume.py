@@ -1,12 +1,14 @@
-"""kill -9 of everything, front end and workers, at random moments; the next start must go on and give the same bits.
+"""kill -9 at random moments, of one worker, all workers, the front end, or everything; afterwards every bit must be right.
 
-A child process serves a folder of jobs with `Engine.recover()`; this program kills its whole process group again and again. At
-the end segments and mp4 must equal those of a run that was left alone. Exit code 1 when they do not.
+A child process serves job after job and takes them up again, by supervision (its workers were killed) or with
+`Engine.recover()` (it was killed itself and is started anew). At the end segments and mp4 of every job must equal those of a
+run that was left alone, and nothing that was killed may have left a process behind. Exit code 1 when it is not so.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -14,17 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+
+import psutil
 
 from benchmarks.common import checkpoint, hardware, table
 from dualparal import Engine, GenerationRequest
 from dualparal.events import FINAL, Finished, Interrupted
-from dualparal.runtime import recovery
-from dualparal.runtime.journal import JobFolder, list_jobs
+from dualparal.runtime import dispatcher, recovery
+from dualparal.runtime.journal import JOB_ID, JobFolder, list_jobs, write_atomically
 from dualparal.runtime.state import read_state
 
 START_S = 600.0
-KILLS_PER_JOB = 4
+GONE_WITHIN_S = 20.0
+KINDS = {"one rank": 6, "codec": 3, "all workers": 3, "front end": 3, "everything": 5}  # and how often, in 20
+WORKERS = "workers.json"  # what the child tells of its workers
+STOP = "stop"  # tells the child to take no new jobs
 
 
 def request(seed: int) -> GenerationRequest:
@@ -35,22 +43,111 @@ def request(seed: int) -> GenerationRequest:
 
 
 def engine_on(outputs: Path, ranks: int) -> Engine:
-    return Engine(checkpoint("tiny"), ranks=ranks, device="cpu", threads=1, outputs=outputs)
+    return Engine(checkpoint("tiny"), ranks=ranks, device="cpu", threads=1, outputs=outputs, auto_resume=True)
 
 
 def child(outputs: Path, ranks: int) -> None:
-    """Serve what is there until all of it has ended."""
-    recovery.MAX_INTERRUPTIONS = 10**6  # a job here is killed more often than one that kills the program would be let
+    """Go on with what is there, then make new jobs until told to stop; end when all have ended."""
+    # A job here is killed more often than one that kills the program would be let.
+    recovery.MAX_INTERRUPTIONS = dispatcher.MAX_INTERRUPTIONS = 10**6
     engine = engine_on(outputs, ranks)
-    jobs = engine.recover()
+    engine.recover()
+    taken = {path.name for path in outputs.iterdir() if JOB_ID.fullmatch(path.name)}
+    told: list[int] = []
     with engine:
-        for job in jobs:
-            job.result()
+        while True:
+            is_last = (outputs / STOP).exists()
+            if not is_last and len(engine.jobs()) < 2:
+                name = next(name for n in range(10**6) if (name := f"{n:06x}") not in taken)
+                taken.add(name)
+                engine.submit(request(int(name, 16)), job_id=name)
+            workers = {name: about["pid"] for name, about in engine.workers.items()} if engine.state == "ready" else {}
+            if sorted(workers.values()) != told:
+                told = sorted(workers.values())
+                write_atomically(outputs / WORKERS, json.dumps(workers))
+            if is_last and not engine.jobs():
+                return
+            time.sleep(0.02)
 
 
-def start(outputs: Path, ranks: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "benchmarks.kill_resume", "--child", str(outputs), "--ranks", str(ranks)]
-    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+class Siege:
+    """The child, and the kills."""
+
+    def __init__(self, outputs: Path, ranks: int, seed: int) -> None:
+        self.outputs, self.ranks = outputs, ranks
+        self.dice = random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.moments: set[tuple[str, int, int]] = set()
+        self.faults: list[str] = []
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        (self.outputs / WORKERS).unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.kill_resume", "--child", str(self.outputs), "--ranks", str(self.ranks)]
+        return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+
+    def kill_once(self) -> str:
+        """Wait until a sweep has been saved after the last kill, then a little, then kill; says what."""
+        before, deadline_s = self._newest(), time.monotonic() + START_S
+        while self._newest()[1] <= before[1] or not self._workers():
+            if self.process.poll() is not None or time.monotonic() > deadline_s:
+                raise SystemExit(f"the child does not go on (exit code {self.process.poll()})")
+            time.sleep(0.02)
+        time.sleep(self.dice.random() * 4)
+        kind = self.dice.choices(list(KINDS), list(KINDS.values()))[0]
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self._kill(kind)
+        self.counts[f"killed: {kind}"] += 1
+        job, _ = self._newest()
+        moment = progress(job) if job else (0, 0)
+        self.moments.add((job.job_id if job else "", *moment))
+        if kind in ("front end", "everything"):
+            self.process.wait()
+            _, alive = psutil.wait_procs(family, GONE_WITHIN_S)
+            self.faults += [f"process {process.pid} outlived the front end" for process in alive]
+            self.process = self._start()
+        return f"{kind}; job {job.job_id if job else 'none'} saved up to item {moment[0]}, {moment[1]} blocks"
+
+    def _kill(self, kind: str) -> None:
+        workers = self._workers()
+        if kind == "everything":
+            os.killpg(self.process.pid, signal.SIGKILL)
+        elif kind == "front end":
+            self.process.kill()
+        else:
+            named = {
+                "one rank": [self.dice.choice([name for name in sorted(workers) if name != "codec"] or [""])],
+                "codec": ["codec"], "all workers": sorted(workers),
+            }[kind]  # fmt: skip
+            for name in named:
+                if name in workers:
+                    os.kill(workers[name], signal.SIGKILL)
+            (self.outputs / WORKERS).unlink(missing_ok=True)
+
+    def _workers(self) -> dict[str, int]:
+        try:
+            found: dict[str, int] = json.loads((self.outputs / WORKERS).read_text())
+        except (OSError, ValueError):
+            return {}
+        return {name: pid for name, pid in found.items() if psutil.pid_exists(pid)}
+
+    def _newest(self) -> tuple[JobFolder | None, int]:
+        """The job whose sweep was saved last, and when, in ns."""
+        found = [(folder, stamp(folder.path / "state" / "sweep.safetensors")) for folder in list_jobs(self.outputs)]
+        return max(found, key=lambda pair: pair[1], default=(None, 0))
+
+    def finish(self) -> None:
+        """Let the child end its work."""
+        (self.outputs / STOP).touch()
+        if self.process.wait(START_S) != 0:
+            self.faults.append(f"the child ended with {self.process.returncode}")
+
+
+def stamp(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def progress(job: JobFolder) -> tuple[int, int]:
@@ -62,46 +159,29 @@ def progress(job: JobFolder) -> tuple[int, int]:
     return (state.next_index, state.num_finished) if state else (0, 0)
 
 
-def kill_once(outputs: Path, ranks: int, dice: random.Random, job: JobFolder) -> tuple[int, int] | None:
-    """Start the child, kill it at a random moment after it has gone on with `job`; what was saved, None if too late."""
-    process = start(outputs, ranks)
-    file = job.path / "state" / "sweep.safetensors"
-    before, deadline_s = _stamp(file), time.monotonic() + START_S
-    while _stamp(file) == before and process.poll() is None and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-    time.sleep(dice.random() * 4)
-    is_too_late = process.poll() is not None
-    if not is_too_late:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return None if is_too_late or job.final_event() is not None else progress(job)
-
-
-def _stamp(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def survivors(outputs: Path) -> list[str]:
-    """Processes that still know the outputs folder a second after the kill."""
-    time.sleep(1.0)
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            is_other = entry.name.isdigit() and int(entry.name) != os.getpid()
-            if is_other and str(outputs).encode() in (entry / "cmdline").read_bytes():
-                found.append(entry.name)
-        except OSError:
+def compare(killed: Path, calm: Path) -> tuple[list[str], int]:
+    """(what differs, interruptions in the journals)."""
+    faults, num_interrupted = [], 0
+    for job in list_jobs(killed):
+        events, twin = job.events(), JobFolder(calm / job.job_id)
+        num_interrupted += sum(isinstance(event, Interrupted) for event in events)
+        finals = [event for event in events if isinstance(event, FINAL)]
+        if len(finals) != 1 or not isinstance(finals[0], Finished):
+            faults.append(f"{job.job_id} ended with {finals}")
             continue
-    return found
+        if [path.read_bytes() for path in job.segments()] != [path.read_bytes() for path in twin.segments()]:
+            faults.append(f"{job.job_id}: segments differ")
+        if job.video.read_bytes() != twin.video.read_bytes():
+            faults.append(f"{job.job_id}: video.mp4 differs")
+        faults += [f"{job.job_id} left {path.name}" for path in job.path.rglob(".*.part")]
+    return faults, num_interrupted
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=60.0, help="kill no longer than this")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -109,46 +189,31 @@ def main() -> int:
         child(options.child, options.ranks)
         return 0
     print(hardware(), flush=True)
-    dice = random.Random(options.seed)
-    num_jobs = -(-options.kills // KILLS_PER_JOB)
-    faults, moments = [], []
+    started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         calm, killed = Path(folder) / "calm", Path(folder) / "killed"
-        started_s = time.monotonic()
-        with engine_on(calm, options.ranks) as engine:
-            for seed in range(num_jobs):
-                engine.submit(request(seed), job_id=f"{seed:06x}").result()
-        calm_s = time.monotonic() - started_s
-        template = engine.checkpoint.folder
-        for job in reversed(list(list_jobs(calm))):
-            about = {key: value for key, value in job.record().items() if key not in ("request", "job_id", "created_s")}
-            assert about["model"] == str(template)
-            JobFolder.create(killed, job.job_id, job.request(), **about)
-        for job in reversed(list(list_jobs(killed))):
-            for _ in range(min(KILLS_PER_JOB, options.kills - len(moments))):
-                saved = kill_once(killed, options.ranks, dice, job)
-                if saved is None:
+        killed.mkdir()
+        siege = Siege(killed, options.ranks, options.seed)
+        try:
+            for number in range(options.kills):
+                if time.monotonic() - started_s > 60 * options.minutes:
                     break
-                moments.append((job.job_id, *saved))
-                faults += [f"process {pid} survived" for pid in survivors(killed)]
-                print(f"kill {len(moments)}: job {job.job_id}, saved up to item {saved[0]}, {saved[1]} blocks", flush=True)
-        last = start(killed, options.ranks)
-        last.wait()
-        num_interrupted = 0
-        for job in list_jobs(killed):
-            events, twin = job.events(), JobFolder(calm / job.job_id)
-            num_interrupted += sum(isinstance(event, Interrupted) for event in events)
-            finals = [event for event in events if isinstance(event, FINAL)]
-            if len(finals) != 1 or not isinstance(finals[0], Finished):
-                faults.append(f"{job.job_id} ended with {finals}")
-                continue
-            if [path.read_bytes() for path in job.segments()] != [path.read_bytes() for path in twin.segments()]:
-                faults.append(f"{job.job_id}: segments differ")
-            if job.video.read_bytes() != twin.video.read_bytes():
-                faults.append(f"{job.job_id}: video.mp4 differs")
-    rows = [["jobs", num_jobs], ["kills of everything in mid-job", len(moments)],
-            ["different saved sweeps", len(set(moments))], ["interruptions in the journals", num_interrupted],
-            ["seconds of the calm run", f"{calm_s:.0f}"], ["faults", len(faults)]]  # fmt: skip
+                what = siege.kill_once()
+                print(f"kill {number + 1}, after {time.monotonic() - started_s:.0f} s: {what}", flush=True)
+            siege.finish()
+        finally:
+            if siege.process.poll() is None:
+                os.killpg(siege.process.pid, signal.SIGKILL)
+                siege.process.wait()
+        jobs = [(job.job_id, job.request()) for job in reversed(list(list_jobs(killed)))]
+        with engine_on(calm, options.ranks) as engine:
+            for job_id, asked in jobs:
+                engine.submit(asked, job_id=job_id).result()
+        faults, num_interrupted = compare(killed, calm)
+    faults += siege.faults
+    rows = [["jobs", len(jobs)], *sorted(siege.counts.items()), ["different saved sweeps", len(siege.moments)],
+            ["interruptions in the journals", num_interrupted], ["seconds", f"{time.monotonic() - started_s:.0f}"],
+            ["faults", len(faults)]]  # fmt: skip
     print(table(["what", "count"], rows))
     for fault in faults:
         print("FAULT:", fault)
