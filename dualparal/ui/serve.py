@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
@@ -32,6 +33,7 @@ from dualparal.runtime.journal import outputs_folder
 from dualparal.runtime.metrics import metrics_text
 from dualparal.runtime.torchrun import find_team
 from dualparal.ui.choose import choose_for_this_host
+from dualparal.ui.guard import Guard
 from dualparal.ui.page import HERE, Page, theme
 from dualparal.ui.studio import Studio
 
@@ -179,7 +181,8 @@ def launch(
         allowed_paths=sorted({str(outputs), str(outputs.resolve())}), max_file_size=MAX_UPLOAD, show_error=False,
         strict_cors=True, enable_monitoring=False,
         run_history=False, ssr_mode=False, share=False, pwa=False, footer_links=["api", "settings"], theme=theme(),
-        css=(HERE / "style.css").read_text(encoding="utf-8"), app_kwargs={"routes": health_routes(studio)},
+        css=(HERE / "style.css").read_text(encoding="utf-8"),
+        app_kwargs={"routes": health_routes(studio), "middleware": [Middleware(Guard)]},
         favicon_path=str(HERE / "favicon.svg"),
     )  # fmt: skip
     return page

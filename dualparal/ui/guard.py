@@ -1,0 +1,51 @@
+"""What Gradio's own routes leave uncaught becomes one sentence: a request that no endpoint can read, or a fault of ours.
+
+Without it such a request is answered "Internal Server Error" and fills the log with a traceback per attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from gradio.route_utils import FnIndexInferError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+UNREADABLE = (TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError, AssertionError, FnIndexInferError)
+
+
+class Guard:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except HTTPException:
+            raise
+        except Exception as error:
+            if scope["type"] != "http" or (has_begun and not isinstance(error.__cause__, HTTPException)):
+                raise
+            if has_begun:  # an event stream that has just said that there is no such session
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                await self._refuse(scope, error)(scope, receive, send)
+
+    def _refuse(self, scope: Scope, error: Exception) -> JSONResponse:
+        name = type(error).__name__
+        if isinstance(error, UNREADABLE) and "/gradio_api/" in scope["path"]:
+            log.info("a request to %r could not be read: %s", scope["path"][:100], name)
+            return JSONResponse({"detail": "this request fits no endpoint; /gradio_api/info lists them"}, status_code=400)
+        log.error("a request to %r failed", scope["path"][:100], exc_info=error)
+        return JSONResponse({"detail": "something went wrong inside the server; its log has the details"}, status_code=500)
