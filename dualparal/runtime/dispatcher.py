@@ -6,7 +6,6 @@ Every job that has not ended is in exactly one place: in the queue, or held by o
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -16,6 +15,7 @@ from dualparal.events import Cancelled, Queued
 from dualparal.runtime.ending import join_finished
 from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
+from dualparal.runtime.locks import SafeCondition
 from dualparal.runtime.metrics import Tally
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Dispatcher:
 
     def __init__(self, queue: JobQueue[Job], *, auto_resume: bool, check: Callable[[Job], None] = lambda _: None) -> None:
         """`check` is called before a job is handed out and fails it by raising `DualParalError` (a full disk, say)."""
-        self.changed = threading.Condition(threading.RLock())
+        self.changed = SafeCondition()
         self.queue = queue
         self.replicas: Sequence[Group] = ()
         self.tally = Tally()

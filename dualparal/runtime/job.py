@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from dualparal.events import FINAL, BlockReady, Cancelled, Event, Failed, Finish
 from dualparal.request import GenerationRequest
 from dualparal.runtime.claim import Claim
 from dualparal.runtime.journal import JobFolder, write_atomically
+from dualparal.runtime.locks import SafeCondition
 from dualparal.runtime.messages import RunJob, Span
 from dualparal.runtime.trace import chrome_trace
 
@@ -76,7 +76,7 @@ class Job:
         self.is_stopping = False  # asked to stop while it ran
         self.num_interruptions = 0
         self._cancel, self._on_end, self._claim = cancel, on_end, claim
-        self._changed = threading.Condition()
+        self._changed = SafeCondition()
         self._events: list[Event] = []
         self._queued: Queued | None = None
         self._started: Started | None = None
