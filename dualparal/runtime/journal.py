@@ -126,7 +126,9 @@ class JobFolder:
             with path.open("a+b", buffering=0) as lines:
                 if _ends_torn(lines):
                     line = b"\n" + line
+                end = lines.seek(0, os.SEEK_END)
                 if lines.write(line) != len(line):
+                    lines.truncate(end)  # a line that lacks its end only would count twice once it is written again
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}; free space or make it writable") from None

@@ -102,6 +102,23 @@ def test_a_job_that_ends_on_a_full_disk_is_told_to_it_later(engine: Engine, smal
     assert engine.submit(wants("next")).result(SECONDS)
 
 
+def test_half_a_line_is_taken_back(small: Path) -> None:
+    folder = JobFolder.create(small / "outputs", "abcdef", wants("x"))
+    journal, page = folder.path / "events.jsonl", os.sysconf("SC_PAGE_SIZE")
+    event = Failed(job_id="abcdef", kind="OutputError", message="full")
+    folder.append(event)
+    whole = journal.stat().st_size
+    filler = fill(small)
+    with journal.open("ab", buffering=0) as lines:
+        lines.write(b" " * (page - 2 * whole) + b"\n")  # the next line fits but for its last two bytes
+    with pytest.raises(OutputError, match="free space"):
+        folder.append(event)
+    assert journal.stat().st_size == page - whole + 1
+    filler.unlink()
+    folder.append(event)
+    assert folder.events() == [event, event]
+
+
 def test_an_engine_closed_on_a_full_disk_lets_its_jobs_go(engine: Engine, small: Path, notes: Notebook) -> None:
     job = engine.submit(wants("slow and die"))
     until(lambda: len(job.view().blocks) == 2)
