@@ -1,4 +1,5 @@
-"""Many small jobs from several clients while workers are killed, jobs stopped, clients leave and folders refuse to be written.
+"""Many small jobs from several clients while workers are killed, jobs stopped, clients leave, folders refuse to be written and
+the disk fills to its last byte (a small file system of memory, where mounting one is allowed).
 
 Afterwards every job must have ended exactly once, every finished block must be on disk with the bits of the calm run, and
 nothing may be left behind. Exit code 1 when anything is not so.
@@ -11,17 +12,19 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from benchmarks.common import checkpoint, hardware, table
 from dualparal import Engine, GenerationRequest
-from dualparal.errors import DualParalError, QueueFull
+from dualparal.errors import DualParalError, OutputError, QueueFull
 from dualparal.events import FINAL, BlockReady, Finished
 from dualparal.media.ffmpeg import run_ffmpeg
 from dualparal.runtime.job import Job
@@ -47,6 +50,7 @@ class Chaos:
         self.jobs: list[tuple[Job, int, bool]] = []  # with its kind, and whether its folder was spoilt
         self.counts: Counter[str] = Counter()
         self.is_over = threading.Event()
+        self.full: list[tuple[float, float]] = []  # when the disk was full, seconds since the epoch
 
     def client(self, name: str, num_jobs: int) -> None:
         """Submit jobs one after another, sometimes stop one, sometimes leave without waiting."""
@@ -58,6 +62,10 @@ class Chaos:
                 job = self.engine.submit(request(kind), owner=name)
             except QueueFull:
                 self.counts["refused: queue full"] += 1
+                time.sleep(0.5)
+                continue
+            except OutputError:
+                self.counts["refused: disk full"] += 1
                 time.sleep(0.5)
                 continue
             is_spoilt = dice.random() < self.options.spoil and kind > 0
@@ -90,6 +98,21 @@ class Chaos:
             except ProcessLookupError:
                 continue
 
+    def filler(self) -> None:
+        """Fill the disk now and then for a few seconds."""
+        file = self.engine.outputs.parent / "filler"
+        while not self.is_over.wait(self.options.fill_every_s * (0.5 + self.random.random())):
+            began_s = time.time()
+            while time.time() - began_s < 3 and not self.is_over.is_set():
+                fill(file)  # again and again: what others free or give up is taken too
+                time.sleep(0.02)
+            file.unlink()
+            self.full.append((began_s - 1, time.time() + 1))
+            self.counts["times the disk was full"] += 1
+
+    def was_full(self, time_s: float) -> bool:
+        return any(began_s <= time_s <= ended_s for began_s, ended_s in self.full)
+
     def wait(self, job: Job) -> None:
         with contextlib.suppress(DualParalError):
             job.result(PATIENCE_S)
@@ -99,15 +122,18 @@ class Chaos:
         started_s = time.monotonic()
         share = -(-self.options.jobs // self.options.clients)
         clients = [threading.Thread(target=self.client, args=(f"client {n}", share)) for n in range(self.options.clients)]
-        killer = threading.Thread(target=self.killer)
-        for thread in (*clients, killer):
+        others = [threading.Thread(target=self.killer)]
+        if self.options.disk_mb:
+            others.append(threading.Thread(target=self.filler))
+        for thread in (*clients, *others):
             thread.start()
         for thread in clients:
             thread.join()
         for job, _, _ in self.jobs:
             self.wait(job)
         self.is_over.set()
-        killer.join()
+        for thread in others:
+            thread.join()
         return time.monotonic() - started_s
 
     def faults(self, calm: dict[int, Job]) -> list[str]:
@@ -131,11 +157,37 @@ class Chaos:
                 if job.folder.video.read_bytes() != calm[kind].folder.video.read_bytes():
                     found.append(f"{job.id} video has other bits than the calm run")
             elif told and finals and not Path(finals[0].path or "-").is_file():  # type: ignore[attr-defined]
-                found.append(f"{job.id} has finished blocks and no video")
+                if self.was_full(finals[0].time_s):
+                    self.counts["segments kept, not joined: the disk was full"] += 1
+                else:
+                    found.append(f"{job.id} has finished blocks and no video")
             self.counts["folders that could not be written"] += is_spoilt
             if any(path.name.endswith(".part") for path in job.folder.path.rglob("*")):
                 found.append(f"{job.id} left something half-written")
         return found
+
+
+def fill(file: Path) -> None:
+    """Grow `file` until the disk has nothing left."""
+    with file.open("ab", buffering=0) as opened:
+        for size in (2**20, 2**12, 1):
+            try:
+                while True:
+                    opened.write(bytes(size))
+            except OSError:
+                continue
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size_mb: int) -> Iterator[bool]:
+    """A file system of `size_mb` at `folder`; False where mounting is not allowed."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_mb}m", "tmpfs", str(folder)]
+    is_mounted = size_mb > 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def check_playable(job: Job) -> None:
@@ -158,15 +210,19 @@ def main() -> int:
     parser.add_argument("--every_s", type=float, default=20.0, help="mean pause between kills")
     parser.add_argument("--cancel", type=float, default=0.15, help="share of jobs that are stopped")
     parser.add_argument("--spoil", type=float, default=0.05, help="share of jobs whose folder cannot be written")
+    parser.add_argument("--disk_mb", type=int, default=400, help="size of the disk that is filled; 0: fill none")
+    parser.add_argument("--fill_every_s", type=float, default=30.0, help="mean pause between fillings")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print(hardware(), flush=True)
     folder = checkpoint("tiny")
-    with tempfile.TemporaryDirectory() as outputs:
+    with tempfile.TemporaryDirectory() as disk, small_disk(Path(disk), options.disk_mb) as is_small:
+        options.disk_mb *= is_small
         engine = Engine(
-            folder, ranks=options.ranks, replicas=options.replicas, device="cpu", threads=1, outputs=outputs, auto_resume=True,
+            folder, ranks=options.ranks, replicas=options.replicas, device="cpu", threads=1, outputs=f"{disk}/outputs",
+            auto_resume=True,
             max_queue=24, max_per_owner=12,
         )  # fmt: skip
         num_fds = psutil.Process().num_fds()
