@@ -93,9 +93,10 @@ def measure_rank(folder: Path, rank: int, ranks: int, dtype: str, quantization: 
         for item in schedule.items:
             incoming = _incoming(stage, schedule, item)
             alive.most = before = alive.now
+            kept = _cache_bytes(stage) + _text_bytes(stage)
             with alive:
                 out = stage.run(item, incoming)
-            left = max(0, alive.now - before)  # the output goes on, what neighbours need stays
+            left = max(0, _cache_bytes(stage) + _text_bytes(stage) - kept)
             found["activations"] = max(found["activations"], alive.most - before - left)
             found["feature_cache"] = max(found["feature_cache"], _cache_bytes(stage))
             del out, incoming

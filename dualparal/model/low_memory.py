@@ -65,8 +65,14 @@ class Layers(nn.Module):
         # diffusers starts its prefetch from a module that has a tensor of its own.
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
-    def forward(self, hidden: torch.Tensor, text: TextKey, timestep_proj: torch.Tensor, around: Surroundings) -> torch.Tensor:
-        """`hidden` [B, n, D] through every layer; `timestep_proj` [1, 6, D]."""
+    def forward(
+        self, given: list[torch.Tensor], text: TextKey, timestep_proj: torch.Tensor, around: Surroundings
+    ) -> torch.Tensor:
+        """The activations [B, n, D] in `given` through every layer; `timestep_proj` [1, 6, D].
+
+        They are taken out of the list, so that nobody holds them when the first layer is through.
+        """
+        hidden = given.pop()
         for block, attention in zip(self.blocks, self._attentions, strict=True):
             attention.surroundings = around
             hidden = block(hidden, text, timestep_proj, None)

@@ -177,12 +177,10 @@ class Stage:
         assert shape is not None and schedule is not None, "begin() a job first"
         model = self.models[item.expert]
         temb, timestep_proj = self._conditions[item.expert]
-        hidden = incoming
-        if self.is_first:
-            hidden = self._embed(model, incoming, self._num_halves(item))
+        given = [self._embed(model, incoming, self._num_halves(item)) if self.is_first else incoming]
         around = self._surroundings(item)
         text = (shape.text_of_block[item.block], item.half if item.is_guided else 0)
-        hidden = self._layers[item.expert](hidden, text, timestep_proj[item.step : item.step + 1], around)
+        hidden = self._layers[item.expert](given, text, timestep_proj[item.step : item.step + 1], around)
         if item.keeps_head:
             self._heads[item.half] = around.kept_head
         if item.keeps_tail:
