@@ -59,7 +59,7 @@ def main() -> None:
                 rows.append(
                     [ranks, latents_num, f"{max(weights):.0f}", " ".join(f"{peak:.0f}" for _, peak in sorted(peaks.items()))]
                 )
-    print(table(["ranks", "latents", "largest share of weights MiB", "peak resident MiB, rank 0 ..."], rows))
+    print(table(["ranks", "latents", "largest share of weights MiB", "peak resident MiB: codec, rank 0, rank 1 ..."], rows))
 
 
 if __name__ == "__main__":
