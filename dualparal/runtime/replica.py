@@ -145,7 +145,7 @@ class Replica:
 
     def _watch(self, group: WorkerGroup, waiting_for: set[str]) -> DualParalError | None:
         """Serve until something ends the group; returns what did, None at closing."""
-        seen_s: dict[str, float] = {}  # from the first beat on: importing torch from a cold disk may take minutes
+        seen_s: dict[str, float] = {}  # when each worker last said that it lives
         deadline_s = time.monotonic() + START_TIMEOUT_S
         error: DualParalError | None = None
         while error is None and not self._desk.is_closing:
@@ -172,7 +172,8 @@ class Replica:
                         self._take(message, group)
             if ended and error is None:
                 error = WorkerDied(f"{group.describe_end(ended[0])}")
-            silent = [name for name, at_s in seen_s.items() if now_s - at_s > SILENCE_S]
+            # Importing and loading may hold the interpreter for long; START_TIMEOUT_S bounds that.
+            silent = [name for name, at_s in seen_s.items() if name not in waiting_for and now_s - at_s > SILENCE_S]
             # When all are silent it was this process that slept.
             if silent and error is None and now_s - max(seen_s.values()) < SILENCE_S / 2:
                 error = WorkerDied(f"{silent[0]} has not answered for {SILENCE_S:.0f} s")

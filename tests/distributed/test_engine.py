@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = Preset(height=32, width=32, num_inference_steps=4, num_per_block=3, num_cat=2, negative_prompt="grey, blurred")
 REQUEST = GenerationRequest(prompt="a red circle bounces", latents_num=12, seed=7)
 FAULTS = "tests.distributed.hooks:faults"
-WAIT_S = 120
+WAIT_S = 300
 
 
 def open_engine(folder: Path, outputs: Path, **options: Any) -> Engine:
@@ -397,6 +397,8 @@ def test_a_stopped_worker(duo: Engine, first_bits: torch.Tensor, monkeypatch: py
     job, follower = duo.submit(slow()), duo.submit(REQUEST, return_latents=True)
     wait_for(job, Progress)
     os.kill(int(duo.workers["rank 1"]["pid"]), signal.SIGSTOP)
+    list(job.events())  # until it has failed
+    monkeypatch.undo()  # the workers that come back may be slower than 5 s on a loaded machine
     check_recovery(duo, job, follower, first_bits, WorkerDied, "rank 1 has not answered for 5 s")
 
 
