@@ -26,10 +26,13 @@ def take(browser: Browser, address: str, prompt: str, name: str, width: int, hei
     page.fill("#prompt textarea", prompt)
     page.fill("#seconds input[type=number]", "16")
     page.keyboard.press("Tab")
+    page.fill("#pace input[type=number]", "3")  # soonest
+    page.keyboard.press("Tab")
     page.wait_for_timeout(1000)
     page.click("#generate")
     page.wait_for_selector(".block.ready >> nth=2", state="attached")
     page.wait_for_function("document.querySelector('#video video')?.currentTime > 0.6")
+    page.evaluate("window.scrollTo(0, 0)")
     page.screenshot(path=IMAGES / f"{name}.png")
     page.wait_for_selector(".board.finished")
     context.close()
