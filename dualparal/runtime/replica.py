@@ -164,6 +164,7 @@ class Replica:
                     case Ready():
                         self.workers[message.name] = message.about
                         waiting_for.discard(message.name)
+                        seen_s[message.name] = now_s  # it may hang before its first beat
                         if not waiting_for:
                             self._set_state("ready")
                     case WorkerError():

@@ -57,7 +57,8 @@ def run_worker(name: str, connection: Connection, options: WorkerOptions, serve:
     try:
         serve(uplink)
     except BaseException as error:
-        log.error("%s ends", name, exc_info=True)
+        # An error of ours says all there is in its sentence, such as that a neighbour is gone; others are worth their trace.
+        log.error("%s ends: %s", name, error, exc_info=not isinstance(error, DualParalError))
         uplink.send(WorkerError(name, *describe_error(name, error)))
         _leave(1)
     _leave(0)
