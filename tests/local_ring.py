@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from dualparal.core.plan import BlockPlan
 from dualparal.core.sampler import SamplerFactory
 from dualparal.core.schedule import Rules, make_schedule
 from dualparal.model.layout import Checkpoint, split_layers
-from dualparal.model.stage import JobShape, Stage
+from dualparal.model.stage import JobShape, Stage, Tails
 from dualparal.runtime.coordinator import Denoiser
+from dualparal.runtime.kept_caches import read_caches
 from dualparal.runtime.stage_worker import SpanLog, run_stage
 from dualparal.runtime.state import SweepState
 
@@ -98,12 +100,15 @@ def denoise_in_threads(
     noise: Sequence[torch.Tensor] | None = None,
     rules: Rules | None = None,
     saver: Any = None,
+    save_caches: Callable[[Stage, int, int, Tails], None] = lambda stage, rank, sweep, tails: None,
     resume: SweepState | None = None,
+    caches: Path | None = None,
     dtype: str = "float32",
     **options: Any,
 ) -> dict[int, torch.Tensor]:
     """Latents of each finished block. `texts[i]`: guidance halves of text i; `stop_after` items the job is stopped;
-    `options` are the stages' own (LoRAs, attention)."""
+    `save_caches` takes (stage, rank, sweep, K/V) of every rank but 0 at saved borders, `caches` is a folder of such files to
+    `resume` with; `options` are the stages' own (LoRAs, attention)."""
     checkpoint = Checkpoint(folder)
     stages = stages_of(checkpoint, ranks, layer_split, dtype, **options)
     plan = BlockPlan.of(latents_num, num_per_block, num_cat)
@@ -130,12 +135,17 @@ def denoise_in_threads(
     )  # fmt: skip
     if resume is not None:
         denoiser.restore(resume)
+    if resume is not None and caches is not None:
+        for stage in stages:
+            stage.restore_tails(read_caches(caches, resume.sweep, stage.layers))
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
             spans = SpanLog(f"stage {rank}", lambda _: None)
-            run_stage(stages[rank], links[rank], schedule, spans, start=resume.next_index if resume else 0)
+            start = resume.next_index if resume else 0
+            save = functools.partial(save_caches, stages[rank], rank)
+            run_stage(stages[rank], links[rank], schedule, spans, start=start, save=save)
         except BaseException as error:
             errors.append(error)
 

@@ -23,6 +23,9 @@ from dualparal.model.lora_source import Lora
 from dualparal.model.low_memory import Layers, offload_layers
 from dualparal.model.speedups import compile_layers, use_attention
 
+# K/V of a block's last own frames, by (block, guidance half) and layer.
+Tails = dict[tuple[int, int | None], dict[int, KeyValue]]
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -105,7 +108,7 @@ class Stage:
         self._schedule: Schedule | None = None
         # K/V for other blocks, by guidance half: of the item just before; of each block's last pass.
         self._heads: dict[int | None, dict[int, KeyValue]] = {}
-        self._tails: dict[tuple[int, int | None], dict[int, KeyValue]] = {}
+        self._tails: Tails = {}
         self._cond: torch.Tensor | None = None
 
     def embed_conditions(self, timesteps: torch.Tensor, texts: Sequence[Sequence[torch.Tensor]]) -> list[Conditions]:
@@ -149,6 +152,18 @@ class Stage:
             texts.clear()
             for cross in crosses:
                 cross.forget()
+
+    def tails(self) -> Tails:
+        """K/V kept for right neighbours' later items (`context="cached"`). Tensors are never written into, so that what is
+        returned stays as it is while the job goes on."""
+        return {key: dict(by_layer) for key, by_layer in self._tails.items()}
+
+    def restore_tails(self, tails: Tails) -> None:
+        """Take up what `tails` gave at a sweep's border; call it after `begin`."""
+        self._tails = {
+            key: {layer: (k.to(self.device), v.to(self.device)) for layer, (k, v) in by_layer.items()}
+            for key, by_layer in tails.items()
+        }
 
     def hidden_shape(self, item: Item) -> tuple[int, int, int]:
         """[B, n, D] of the activations that pass between stages for `item`."""

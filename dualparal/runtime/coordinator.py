@@ -14,9 +14,10 @@ import torch
 
 from dualparal.core.sampler import BlockSampler, SamplerFactory
 from dualparal.core.schedule import Item, Schedule
+from dualparal.model.stage import Tails
 from dualparal.runtime.stage_worker import RunsItems, SpanLog
 from dualparal.runtime.state import StateWriter, SweepState
-from dualparal.runtime.transport import Links, pack
+from dualparal.runtime.transport import GO, SAVE, STOP, Links, pack
 
 
 class Denoiser:
@@ -50,6 +51,7 @@ class Denoiser:
         self._heads: dict[tuple[int, int], torch.Tensor] = {}
         self._under_way: deque[Item] = deque()
         self._saver = saver
+        self._to_save: dict[int, Tails] = {}  # borders under way: what stage 0 held after the border's last item
         self._start = 0
         items = schedule.items
         self._borders = {item.index for item, after in itertools.pairwise(items) if item.sweep != after.sweep}
@@ -85,14 +87,26 @@ class Denoiser:
             window = self._window(item)
             with self._spans.working(item):
                 out = self._stage.run(item, window)
+            signal = self._begin_save(item)
             if self._links.outgoing is not None:
                 assert out is not None
-                self._links.outgoing.send(pack(out))
+                self._links.outgoing.send(pack(out, signal))
                 self._expect(item)
             elif out is not None:
                 self._apply(item, out)
         self._drain()
         return True
+
+    def _begin_save(self, item: Item) -> float:
+        """Choose `item`'s border to be saved, once its prediction has been applied; the signal for the other stages."""
+        saver = self._saver
+        if saver is None or self._to_save or item.index not in self._borders:
+            return GO
+        caches = self._stage.tails() if saver.keeps_caches else {}
+        if not saver.wants_sweep(caches):
+            return GO
+        self._to_save[item.index] = caches
+        return SAVE if saver.keeps_caches else GO
 
     def _enter(self, block: int) -> None:
         self._latents[block] = next(self._noise).to(self._device, torch.float32)
@@ -143,7 +157,7 @@ class Denoiser:
         if self._links.outgoing is not None:
             size = torch.Size(self._stage.hidden_shape(item)).numel()
             nothing = torch.zeros(size, dtype=self._stage.dtype, device=self._device)
-            self._links.outgoing.send(pack(nothing, stop=True))
+            self._links.outgoing.send(pack(nothing, STOP))
 
     def _apply(self, item: Item, prediction: torch.Tensor) -> None:
         """Step the block's own sampler; a finished block leaves."""
@@ -160,8 +174,8 @@ class Denoiser:
             if self._saver is not None:
                 self._saver.save_block(block, latents)
             self._on_block(block, latents)
-        if self._saver is not None and item.index in self._borders and self._saver.wants_sweep():
-            self._saver.save_sweep(self._snapshot(item))
+        if self._saver is not None and (caches := self._to_save.pop(item.index, None)) is not None:
+            self._saver.save_sweep(self._snapshot(item, caches))
 
     def _release(self, item: Item) -> None:
         """Drop the ends that no item after `item` will see. Now, not when it was sent: a border saved meanwhile needs them."""
@@ -172,7 +186,7 @@ class Denoiser:
             if version is not None and uses[neighbour, version] <= item.index:
                 del tape[neighbour, version]
 
-    def _snapshot(self, item: Item) -> SweepState:
+    def _snapshot(self, item: Item, caches: Tails) -> SweepState:
         """The border after `item`. Predictions are applied in schedule order, so all there is is as old as the border, but
         for blocks that have entered since; they enter again."""
         blocks = [block for block in self._latents if self._version[block] > 0]
@@ -185,6 +199,8 @@ class Denoiser:
             samplers={block: tensors for block, (_, tensors) in states.items()},
             tails={key: x for key, x in self._tails.items() if self._version[key[0]] > 0},
             heads={key: x for key, x in self._heads.items() if self._version[key[0]] > 0},
+            sweep=item.sweep,
+            caches=caches,
         )
 
     def _record(self, block: int) -> None:

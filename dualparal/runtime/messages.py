@@ -94,6 +94,8 @@ class JobSpec:
     shape: JobShape
     conditions: list[Conditions]
     start: int = 0  # index of the first item to run
+    state_folder: str = ""  # where sweep borders are kept
+    caches_of: int | None = None  # the sweep whose K/V the stages take up there
 
 
 @dataclass(frozen=True)

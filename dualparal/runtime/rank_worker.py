@@ -30,6 +30,7 @@ from dualparal.model.stage import JobShape, Stage
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.coordinator import Denoiser
 from dualparal.runtime.journal import STATE_FOLDER
+from dualparal.runtime.kept_caches import read_caches
 from dualparal.runtime.logs import working_on
 from dualparal.runtime.messages import (
     CancelJob,
@@ -49,7 +50,7 @@ from dualparal.runtime.messages import (
     WorkerOptions,
 )
 from dualparal.runtime.stage_worker import SpanLog, serve_stage
-from dualparal.runtime.state import StateWriter, read_state
+from dualparal.runtime.state import StageShare, StateWriter, read_state
 from dualparal.runtime.transport import IDLE_TIMEOUT, DistributedLinks, Links, SoloLinks
 from dualparal.runtime.worker import Uplink, call_hook, describe_error, quiet_libraries, run_worker
 
@@ -188,7 +189,9 @@ class Coordinator:
         )  # fmt: skip
         timings: dict[str, float] = {}
         height, width = self._latent_size(request)
-        state, before = read_state(Path(job.folder) / STATE_FOLDER) if job.is_resumed else (None, [])
+        folder, is_cached = Path(job.folder) / STATE_FOLDER, request.context == "cached"
+        num_layers = self._checkpoint.num_layers
+        state, before = read_state(folder, num_layers if is_cached else None) if job.is_resumed else (None, [])
         noise = self._noise(job, plan, height, width)
         texts = self._texts(job, timings)
         self._to_codec.put(OpenVideo(job, *_px(request)))
@@ -209,12 +212,16 @@ class Coordinator:
                 ),
                 self._stage.embed_conditions(samplers.timesteps, texts),
                 start=state.next_index if state else 0,
+                state_folder=str(folder),
+                caches_of=state.sweep if state and is_cached else None,
             )
             schedule = make_schedule(spec.rules, plan, spec.experts)
             self._links.broadcast(spec)
             self._stage.begin(spec.shape, schedule, spec.conditions)
+            if spec.caches_of is not None:
+                self._stage.restore_tails(read_caches(folder, spec.caches_of, self._stage.layers))
             progress = ProgressReport(job.job_id, schedule, self._uplink, spec.start)
-            saver = None if request.context == "cached" else StateWriter(Path(job.folder) / STATE_FOLDER)
+            saver = StateWriter(folder, share=StageShare(self._stage.layers, num_layers) if is_cached else None)
             denoiser = Denoiser(
                 self._stage, self._links, schedule, samplers, noise,
                 is_stopped=lambda: self._is_stopped(job.job_id),
@@ -232,9 +239,8 @@ class Coordinator:
             finished = denoiser.run()
             self._stage.end()
             timings["denoise_s"] = time.monotonic() - started_s
-            if saver is not None:
-                saver.close()
-                timings["save_s"] = saver.seconds
+            saver.close()
+            timings["save_s"] = saver.seconds
         self._to_codec.put(CloseVideo(job.job_id, not finished, timings))
 
     def _latent_size(self, request: GenerationRequest) -> tuple[int, int]:

@@ -9,20 +9,23 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from dualparal.core.schedule import Item, Schedule, make_schedule
-from dualparal.model.stage import Conditions, JobShape
+from dualparal.model.stage import Conditions, JobShape, Tails
+from dualparal.runtime.kept_caches import CacheWriter, read_caches
 from dualparal.runtime.logs import working_on
 from dualparal.runtime.messages import JobSpec, Span
-from dualparal.runtime.transport import Links, pack, unpack
+from dualparal.runtime.transport import SAVE, STOP, Links, pack, unpack
 
 
 class RunsItems(Protocol):
     """What the runtime asks of a stage; `dualparal.model.stage.Stage` says what each does."""
 
+    layers: range
     is_last: bool
     dtype: torch.dtype
 
@@ -31,6 +34,8 @@ class RunsItems(Protocol):
     def hidden_shape(self, item: Item) -> tuple[int, int, int]: ...
     def prediction_shape(self, item: Item) -> tuple[int, int, int, int, int]: ...
     def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None: ...
+    def tails(self) -> Tails: ...
+    def restore_tails(self, tails: Tails) -> None: ...
 
 
 def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span]], None]) -> None:
@@ -42,14 +47,29 @@ def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span
         working_on(spec.job_id)
         schedule = make_schedule(spec.rules, spec.plan, spec.experts)
         stage.begin(spec.shape, schedule, spec.conditions)
+        if spec.caches_of is not None:
+            stage.restore_tails(read_caches(Path(spec.state_folder), spec.caches_of, stage.layers))
         spans = SpanLog(f"stage {links.rank}", functools.partial(report, spec.job_id))
-        run_stage(stage, links, schedule, spans, start=spec.start)
+        writer = CacheWriter(Path(spec.state_folder), links.rank, stage.layers)
+        run_stage(stage, links, schedule, spans, start=spec.start, save=writer.save)
+        writer.close()
         stage.end()
         working_on(None)
 
 
-def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog, *, start: int = 0) -> None:
-    """One job on a rank other than 0, from item `start`; returns after the last item, or at the one where rank 0 stopped."""
+def run_stage(
+    stage: RunsItems,
+    links: Links,
+    schedule: Schedule,
+    spans: SpanLog,
+    *,
+    start: int = 0,
+    save: Callable[[int, Tails], None] = lambda sweep, tails: None,
+) -> None:
+    """One job on a rank other than 0, from item `start`; returns after the last item, or at the one where rank 0 stopped.
+
+    `save(sweep, tails)` is called at the borders that rank 0 chose, with what this stage holds for later sweeps.
+    """
     incoming, outgoing = links.incoming, links.outgoing
     assert incoming is not None and outgoing is not None
     items = schedule.items
@@ -62,16 +82,18 @@ def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog
     post(start)
     for item in items[start:]:
         message = incoming.take()
-        hidden = unpack(message, stage.hidden_shape(item))
-        if hidden is None:
+        hidden, signal = unpack(message, stage.hidden_shape(item))
+        if signal == STOP:
             if not stage.is_last:
                 outgoing.send(message)
             break
         post(item.index + 1)
         with spans.working(item):
             out = stage.run(item, hidden)
+        if signal == SAVE:
+            save(item.sweep, stage.tails())
         if out is not None:
-            outgoing.send(pack(out))
+            outgoing.send(pack(out, signal))
     outgoing.flush()
     spans.flush()
 

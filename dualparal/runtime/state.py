@@ -6,6 +6,7 @@ thread of its own puts it on disk, under a temporary name first, and no oftener 
 
     outputs/<job id>/state/latents_0000.safetensors   a finished block, float32
                            sweep.safetensors          the newest saved border
+                           sweep_000017.safetensors   the same where the stages hold K/V, which `kept_caches` saves
 
 Follows METHOD.md, invariant 6. Files are safetensors: reading them runs no code.
 """
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dualparal.errors import OutputError
+from dualparal.model.stage import Tails
+from dualparal.runtime.kept_caches import MAX_BYTES, cache_bytes, drop_older, is_complete, write_caches
+from dualparal.runtime.tensor_files import write_tensors
 
 log = logging.getLogger(__name__)
 VERSION = 1
@@ -35,7 +38,8 @@ MIN_INTERVAL_S = 2.0
 
 @dataclass(frozen=True)
 class SweepState:
-    """The border before item `next_index`. `counts` and `samplers` are `BlockSampler.state()` of each block in flight."""
+    """The border before item `next_index`, after `sweep`. `counts` and `samplers` are `BlockSampler.state()` of each block in
+    flight, `caches` the K/V that stage 0 holds (on disk they are `kept_caches`' business)."""
 
     next_index: int
     num_finished: int  # blocks that have left
@@ -44,29 +48,67 @@ class SweepState:
     samplers: dict[int, dict[str, torch.Tensor]]
     tails: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     heads: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    sweep: int = 0
+    caches: Tails = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageShare:
+    """Stage 0's layers and how many the model has: what a writer needs to know where K/V are saved too."""
+
+    layers: range
+    num_layers: int
 
 
 class StateWriter:
     """Writes finished blocks and sweep borders of one job, in order, from a thread of its own.
 
     At most `max_share` of the run's time goes into saving: after a save that took t seconds the next one waits t / max_share.
-    A full disk ends the saving, not the job.
+    A full disk ends the saving, not the job. With a `share` the stages' K/V belong to a border; borders whose K/V are larger
+    than `MAX_BYTES` are not saved.
     """
 
-    def __init__(self, folder: Path, *, max_share: float = 0.02) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, max_share: float = 0.02, share: StageShare | None = None) -> None:
+        self._folder, self._share = folder, share
         self._max_share = max_share
+        self._sweep: int | None = None  # the last one saved
         self._work: queue.Queue[tuple[str, int, SweepState | torch.Tensor] | None] = queue.Queue()
         self._is_busy = False
         self._has_failed = False
         self._next_s = 0.0
         self.seconds = 0.0  # spent saving
+        try:
+            folder.mkdir(exist_ok=True)  # before other ranks look for it
+        except OSError as error:
+            self._fail(error)
         self._thread = threading.Thread(target=self._run, name="state writer", daemon=True)
         self._thread.start()
 
-    def wants_sweep(self) -> bool:
-        """Whether a sweep may be saved now."""
-        return not self._is_busy and not self._has_failed and time.monotonic() >= self._next_s
+    @property
+    def keeps_caches(self) -> bool:
+        """Whether the stages' K/V are saved too."""
+        return self._share is not None
+
+    def wants_sweep(self, caches: Tails | None = None) -> bool:
+        """Whether a sweep may be saved now; `caches` are the K/V that stage 0 holds, where they belong to it."""
+        if self._is_busy or self._has_failed or time.monotonic() < self._next_s:
+            return False
+        if self._share is None:
+            return True
+        if self._sweep is not None and not is_complete(self._folder, self._sweep, self._share.num_layers):
+            return False  # another rank still writes, or cannot
+        return self._has_room(cache_bytes(caches or {}) * self._share.num_layers // len(self._share.layers))
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """Whether all stages' K/V may be saved: two borders are on disk for a while, and videos come first."""
+        if num_bytes > MAX_BYTES:
+            self._has_failed = True
+            log.warning(
+                "the cached left context takes %.1f GB, more than the %.1f GB that are saved: a job that is cut off from here "
+                "on is run again from its last border, or from its start", num_bytes / 1e9, MAX_BYTES / 1e9,
+            )  # fmt: skip
+            return False
+        return shutil.disk_usage(self._folder.parent).free > 4 * num_bytes
 
     def save_block(self, block: int, latents: torch.Tensor) -> None:
         """A finished block; in order with the sweeps, so that no sweep on disk lacks a block finished before it."""
@@ -88,19 +130,22 @@ class StateWriter:
                 continue
             started_s = time.monotonic()
             try:
-                self._folder.mkdir(exist_ok=True)
                 if isinstance(content, SweepState):
-                    write_sweep(self._folder, content)
+                    write_sweep(self._folder, content, self._share)
+                    self._sweep = content.sweep
                 else:
-                    _write(block_file(self._folder, block), {"latents": content}, {})
+                    write_tensors(block_file(self._folder, block), {"latents": content}, {})
             except (OSError, SafetensorError) as error:
-                self._has_failed = True
-                log.warning("this job can no longer be resumed from here on: %s", error)
+                self._fail(error)
             spent_s = time.monotonic() - started_s
             self.seconds += spent_s
             if kind == "sweep":
                 self._next_s = time.monotonic() + max(MIN_INTERVAL_S, spent_s / self._max_share)
                 self._is_busy = False
+
+    def _fail(self, error: Exception) -> None:
+        self._has_failed = True
+        log.warning("this job can no longer be resumed from here on: %s", error)
 
 
 def block_file(folder: Path, block: int) -> Path:
@@ -108,29 +153,60 @@ def block_file(folder: Path, block: int) -> Path:
     return folder / f"latents_{block:04d}.safetensors"
 
 
-def write_sweep(folder: Path, state: SweepState) -> None:
-    """Write one border; the one before is replaced at once or not at all."""
+def write_sweep(folder: Path, state: SweepState, share: StageShare | None = None) -> None:
+    """Write one border; the one before is replaced at once or not at all. With a `share` it stays beside the new one until
+    all ranks' K/V of that are there."""
     tensors = {f"latents.{block}": x for block, x in state.latents.items()}
     for block, named in state.samplers.items():
         tensors |= {f"sampler.{block}.{name}": x for name, x in named.items()}
     for word, tape in (("tail", state.tails), ("head", state.heads)):
         tensors |= {f"{word}.{block}.{version}": x for (block, version), x in tape.items()}
+    if share is not None:
+        write_caches(folder, state.sweep, state.caches, 0, share.layers)
     about = {
         "version": VERSION,
+        "sweep": state.sweep,
         "next_index": state.next_index,
         "num_finished": state.num_finished,
         "counts": {str(b): c for b, c in state.counts.items()},
     }
-    _write(folder / "sweep.safetensors", tensors, {"about": json.dumps(about)})
+    name = "sweep.safetensors" if share is None else f"sweep_{state.sweep:06d}.safetensors"
+    write_tensors(folder / name, tensors, {"about": json.dumps(about)})
+    if share is not None:
+        _drop_older(folder, share.num_layers)
 
 
-def read_state(folder: Path) -> tuple[SweepState | None, list[torch.Tensor]]:
+def _drop_older(folder: Path, num_layers: int) -> None:
+    """Keep the newest border that is complete, and those after it."""
+    newest = _newest_complete(folder, num_layers)
+    if newest is not None:
+        for file in _borders(folder):
+            if _sweep_of(file) < _sweep_of(newest):
+                file.unlink(missing_ok=True)
+        drop_older(folder, _sweep_of(newest))
+
+
+def _borders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("sweep_??????.safetensors"))
+
+
+def _sweep_of(file: Path) -> int:
+    return int(file.stem.removeprefix("sweep_"))
+
+
+def _newest_complete(folder: Path, num_layers: int) -> Path | None:
+    found = (file for file in reversed(_borders(folder)) if is_complete(folder, _sweep_of(file), num_layers))
+    return next(found, None)
+
+
+def read_state(folder: Path, num_layers: int | None = None) -> tuple[SweepState | None, list[torch.Tensor]]:
     """(newest saved border or None, latents of the finished blocks it builds on, in order).
 
-    Raises `OutputError` when the files are damaged; the job can then only be run again.
+    `num_layers` of the model where the stages' K/V belong to a border: only one whose K/V are all there counts. Raises
+    `OutputError` when the files are damaged; the job can then only be run again.
     """
-    file = folder / "sweep.safetensors"
-    if not file.is_file():
+    file = folder / "sweep.safetensors" if num_layers is None else _newest_complete(folder, num_layers)
+    if file is None or not file.is_file():
         return None, []
     try:
         with safe_open(file, framework="pt") as opened:
@@ -156,6 +232,7 @@ def _sorted_out(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Swee
         {},
         {int(b): c for b, c in counts.items()},
         {int(b): {} for b in counts},
+        sweep=int(about["sweep"]),
     )
     for key, value in tensors.items():
         word, block, *rest = key.split(".")
@@ -166,15 +243,3 @@ def _sorted_out(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Swee
         else:
             {"tail": state.tails, "head": state.heads}[word][int(block), int(rest[0])] = value
     return state
-
-
-def _write(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    partial = file.with_name(f".{file.name}.part")
-    try:
-        # One tensor may be held under two names; safetensors wants each to have memory of its own.
-        save_file({key: x.detach().cpu().clone().contiguous() for key, x in tensors.items()}, partial, metadata)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

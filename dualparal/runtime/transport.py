@@ -2,7 +2,8 @@
 
 Rank r sends to r + 1, the last rank sends predictions back to rank 0. A rank posts the receive of its next item before it
 computes the present one; sends are asynchronous and their handles and tensors are kept until done (gloo loses the message
-otherwise). Each message ends with one element that says whether to stop, so that Stop travels with the block step it ends.
+otherwise). Each message ends with one element, its signal, so that Stop travels with the block step it ends, and a save with
+the last block step of its sweep.
 
 Nothing here is polled and nothing depends on who comes first: order is the schedule's.
 """
@@ -23,6 +24,7 @@ from dualparal.errors import WorkerDied
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_UNSENT = 2  # messages a sender holds: one that the peer is taking, one for it to go on with
+GO, STOP, SAVE = 0.0, 1.0, 2.0  # signals; each is exact in every dtype
 IDLE_TIMEOUT = datetime.timedelta(days=3650)  # an idle server must never trip a watchdog
 
 
@@ -54,17 +56,17 @@ class Links(Protocol):
         """Rank 0's `message`, on every rank; waits without a deadline while the engine is idle."""
 
 
-def pack(tensor: torch.Tensor, *, stop: bool = False) -> torch.Tensor:
-    """A flat message: the elements of `tensor`, then 1 for stop or 0 for go."""
+def pack(tensor: torch.Tensor, signal: float = GO) -> torch.Tensor:
+    """A flat message: the elements of `tensor`, then GO, STOP, or SAVE (what the stages hold after this block step)."""
     message = tensor.new_empty(tensor.numel() + 1)
     message[:-1] = tensor.reshape(-1)
-    message[-1] = float(stop)
+    message[-1] = signal
     return message
 
 
-def unpack(message: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """The tensor in `message`, or None when it says stop."""
-    return None if bool(message[-1]) else message[:-1].view(shape)
+def unpack(message: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, float]:
+    """The tensor in `message` and its signal."""
+    return message[:-1].view(shape), float(message[-1])
 
 
 class DistributedEdge:

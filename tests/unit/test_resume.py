@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 
 from dualparal.core.schedule import Rules
 from dualparal.errors import OutputError
-from dualparal.runtime.state import StateWriter, SweepState, block_file, read_state, write_sweep
+from dualparal.model.layout import Checkpoint, split_layers
+from dualparal.model.stage import Stage, Tails
+from dualparal.runtime.kept_caches import is_complete, read_caches, write_caches
+from dualparal.runtime.state import StageShare, StateWriter, SweepState, block_file, read_state, write_sweep
+from dualparal.runtime.tensor_files import write_tensors
 from tests.local_ring import denoise_in_threads
 
 CASES = {
@@ -23,12 +28,17 @@ CASES = {
 class KeepsAll:
     """A saver that keeps every border in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_caches: bool = False) -> None:
         self.borders: list[SweepState] = []
         self.blocks: dict[int, torch.Tensor] = {}
+        self.keeps_caches = keeps_caches
+        self.caches: dict[tuple[int, int], tuple[Tails, range]] = {}  # (sweep, rank) -> what that stage held
 
-    def wants_sweep(self) -> bool:
+    def wants_sweep(self, caches: Tails) -> bool:
         return True
+
+    def save_caches(self, stage: Stage, rank: int, sweep: int, tails: Tails) -> None:
+        self.caches[sweep, rank] = (tails, stage.layers)
 
     def save_sweep(self, state: SweepState) -> None:
         self.borders.append(state)
@@ -66,6 +76,99 @@ def test_every_border_gives_the_same_bits(name: str, experts: int, tiny: Path, t
         rest = denoise_in_threads(folder, ranks=1 + number % 3, resume=state, **job)
         assert sorted(rest) == list(range(border.num_finished, len(whole)))
         assert all(torch.equal(rest[block], whole[block]) for block in rest)
+
+
+CACHED = {
+    "paper": Rules(context="cached"),
+    "paper, micro-batches": Rules(context="cached", micro_batches=True),
+    "preview": Rules(policy="preview", max_in_flight=3, stagger=2, context="cached"),
+}
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("name", CACHED)
+def test_every_border_gives_the_same_bits_with_cached_context(
+    name: str, experts: int, tiny: Path, tiny_two: Path, tmp_path: Path
+) -> None:
+    job = {
+        "latents_num": 15, "num_per_block": 3, "num_cat": 2, "steps": 5, "texts": texts(), "rules": CACHED[name],
+        "boundary_ratio": 0.875 if experts == 2 else None,
+    }  # fmt: skip
+    folder = tiny_two if experts == 2 else tiny
+    num_layers = Checkpoint(folder).num_layers
+    kept = KeepsAll(keeps_caches=True)
+    whole = denoise_in_threads(folder, ranks=3, delay_seed=3, saver=kept, save_caches=kept.save_caches, **job)
+    first = split_layers(num_layers, 3, None)[0]
+    assert len(kept.borders) > 5
+    assert any(border.caches for border in kept.borders), "no stage held anything at any border"
+    for number, border in enumerate(kept.borders):
+        at = tmp_path / str(number)
+        at.mkdir()
+        write_sweep(at, border, StageShare(first, num_layers))
+        for block in range(border.num_finished):
+            write_tensors(block_file(at, block), {"latents": kept.blocks[block]}, {})
+        assert read_state(at, num_layers) == (None, []), "a border without the other ranks' K/V counted"
+        for rank in (1, 2):
+            write_caches(at, border.sweep, kept.caches[border.sweep, rank][0], rank, kept.caches[border.sweep, rank][1])
+        state, finished = read_state(at, num_layers)
+        assert state is not None and len(finished) == border.num_finished
+        rest = denoise_in_threads(folder, ranks=1 + number % 3, delay_seed=number, resume=state, caches=at, **job)
+        assert sorted(rest) == list(range(border.num_finished, len(whole)))
+        assert all(torch.equal(rest[block], whole[block]) for block in rest)
+
+
+def test_the_border_before_stays_until_all_ranks_have_written_the_new_one(tmp_path: Path) -> None:
+    def border(sweep: int) -> None:
+        state = SweepState(next_index=sweep, num_finished=0, latents={}, counts={}, samplers={}, sweep=sweep)
+        write_sweep(tmp_path, state, StageShare(range(1), 2))
+
+    def newest() -> int | None:
+        state, _ = read_state(tmp_path, 2)
+        return None if state is None else state.sweep
+
+    border(3)
+    assert newest() is None
+    write_caches(tmp_path, 3, {}, 1, range(1, 2))
+    assert newest() == 3
+    border(5)
+    assert newest() == 3
+    write_caches(tmp_path, 5, {}, 1, range(1, 2))
+    assert newest() == 5
+    border(9)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "caches_000005_0.safetensors", "caches_000005_1.safetensors", "caches_000009_0.safetensors",
+        "sweep_000005.safetensors", "sweep_000009.safetensors",
+    ]  # fmt: skip
+    assert newest() == 5
+
+
+def test_no_border_is_saved_while_another_rank_lacks_the_one_before_or_caches_are_too_large(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualparal.runtime.state.MIN_INTERVAL_S", 0.0)
+    writer = StateWriter(tmp_path / "state", max_share=1e9, share=StageShare(range(1), 2))
+    tails: Tails = {(0, None): {0: (torch.zeros(8), torch.zeros(8))}}
+    assert writer.wants_sweep(tails)
+    writer.save_sweep(SweepState(next_index=1, num_finished=0, latents={}, counts={}, samplers={}, sweep=0, caches=tails))
+    while writer._is_busy:
+        time.sleep(0.01)
+    assert not writer.wants_sweep(tails)
+    write_caches(tmp_path / "state", 0, {}, 1, range(1, 2))
+    assert writer.wants_sweep(tails)
+    monkeypatch.setattr("dualparal.runtime.state.MAX_BYTES", 2 * 64 - 1)  # two layers, 64 bytes of K and V each
+    assert not writer.wants_sweep(tails)
+    assert "run again" in caplog.text
+    writer.close()
+
+
+def test_damaged_caches_are_one_clear_error(tmp_path: Path) -> None:
+    write_caches(tmp_path, 1, {(0, None): {0: (torch.zeros(8), torch.zeros(8))}}, 0, range(1))
+    assert list(read_caches(tmp_path, 1, range(1))) == [(0, None)]
+    assert read_caches(tmp_path, 1, range(1, 2)) == {}
+    (tmp_path / "caches_000001_0.safetensors").write_bytes(b"no")
+    assert not is_complete(tmp_path, 1, 1)
+    with pytest.raises(OutputError, match="damaged"):
+        read_caches(tmp_path, 1, range(1))
 
 
 def test_a_damaged_state_is_one_clear_error(tmp_path: Path) -> None:
