@@ -26,12 +26,13 @@ from dualparal.pocket.text import TEXT_DIM, TextAttention, build_text_encoder, b
 from dualparal.pocket.train_vae import Z_DIM
 from dualparal.pocket.training import Ema, TrainingLog, learning_rate, load_checkpoint, save_checkpoint
 
-CYCLES = ((2300, 1.5e-3), (550, 7e-4), (2150, 1.2e-3))  # (steps, peak learning rate): warm-up and cosine, three times
-NUM_STEPS = sum(steps for steps, _ in CYCLES)
+# (steps, peak learning rate, shift of the noise levels): warm-up and cosine, four times. Levels are drawn as a sampler with
+# that flow shift visits them: motion is decided at the high ones, corners at the low ones; the last cycle draws more of these.
+CYCLES = ((2300, 1.5e-3, 3.0), (550, 7e-4, 3.0), (2150, 1.2e-3, 3.0), (3200, 1.2e-3, 2.0))
+NUM_STEPS = sum(steps for steps, _, _ in CYCLES)
 TOKENS_PER_STEP = 2400
 WINDOW_LATENTS = (5, 21)
 TOKENS_PER_LATENT = 16
-SHIFT = 3.0  # noise levels are drawn as a sampler with this flow shift visits them; motion is decided at the high ones
 DROP_PROMPT, UNKNOWN_WORDS = 0.1, 0.05
 FIRST_SCENES, STEPS_PER_SCENE, MOST_SCENES = 1000, 5, 2500
 OBJECT_WEIGHT = 4.0  # how much more the object counts than the flat background, at noise level 0; corners are decided late
@@ -62,7 +63,7 @@ class PocketModel(nn.Module):
 
 
 def sample_batch(
-    bank: LatentBank, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator
+    bank: LatentBank, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, shift: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Clean windows [b, z, t, 8, 8], noise levels [b], token ids and mask [b, n]."""
     shortest, longest = WINDOW_LATENTS
@@ -72,7 +73,7 @@ def sample_batch(
     captions = [spoil_caption(prompt.caption, rng) for prompt in prompts]
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     u = torch.from_numpy((rng.permutation(batch) + rng.uniform(size=batch)) / batch).float()  # spread evenly
-    level = SHIFT * u / (1 + (SHIFT - 1) * u)
+    level = shift * u / (1 + (shift - 1) * u)
     return torch.stack(windows), level, tokens.input_ids, tokens.attention_mask
 
 
@@ -103,13 +104,13 @@ def parameter_groups(model: PocketModel) -> tuple[torch.optim.Optimizer, torch.o
     return build_optimizers(model, CYCLES[0][1], keep_out=("text_encoder", "scale_shift_table", "proj_out", "patch_embedding"))
 
 
-def rate_at(step: int) -> float:
-    """The learning rate of that step."""
-    for num_steps, peak in CYCLES:
+def rate_and_shift(step: int) -> tuple[float, float]:
+    """The learning rate of that step, and the shift of its noise levels."""
+    for num_steps, peak, shift in CYCLES:
         if step < num_steps:
-            return learning_rate(step, num_steps, peak=peak, warm_up=min(100, num_steps // 20))
+            return learning_rate(step, num_steps, peak=peak, warm_up=min(100, num_steps // 20)), shift
         step -= num_steps
-    return learning_rate(1, 1, peak=CYCLES[-1][1], warm_up=0)
+    return learning_rate(1, 1, peak=CYCLES[-1][1], warm_up=0), CYCLES[-1][2]
 
 
 def training_steps(work: Path, vae: AutoencoderKLWan, seed: int, num_steps: int) -> Iterator[tuple[int, PocketModel, Ema]]:
@@ -134,14 +135,15 @@ def training_steps(work: Path, vae: AutoencoderKLWan, seed: int, num_steps: int)
         rng = np.random.default_rng((seed, 3, step))
         if step % STEPS_PER_SCENE == 0 and len(bank.scenes) < MOST_SCENES:
             bank.grow(1)
-        clean, level, ids, mask = sample_batch(bank, tokenizer, rng)
+        rate, shift = rate_and_shift(step)
+        clean, level, ids, mask = sample_batch(bank, tokenizer, rng, shift)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
         s = level.view(-1, 1, 1, 1, 1)
         error = model((1 - s) * clean + s * noise, level, ids, mask) - (noise - clean)
         loss = (object_weight(clean, s) * error.square()).mean()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(step)
+                group["lr"] = rate
         model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -114,7 +114,7 @@ BOTH = Phase(
 )
 # Corners are learned last: a second cycle for both parts, then the decoder alone, while the transformer is trained already.
 AGAIN = Phase("vae_again", 6, ((2600, 4, (5, 9, 9, 17)),), peak_learning_rate=1e-3, trains_encoder=True)
-DECODER = Phase("decoder", 4, ((3000, 4, (5, 9, 9, 17)),), peak_learning_rate=7e-4, trains_encoder=False)
+DECODER = Phase("decoder", 4, ((1500, 4, (5, 9, 9, 17)),), peak_learning_rate=7e-4, trains_encoder=False)
 
 
 def reconstruction_loss(

@@ -74,7 +74,7 @@ def test_bank_cuts_any_length_and_depends_on_the_seed_only() -> None:
         assert torch.equal(x, y)
         assert x.shape == (12, MEMORY_LATENTS + p, 8, 8)
     assert banks[0].window(np.random.default_rng(0), 21)[1].shape == (12, 21, 8, 8)
-    clean, level, ids, mask = sample_batch(banks[0], build_tokenizer(), np.random.default_rng(0))
+    clean, level, ids, mask = sample_batch(banks[0], build_tokenizer(), np.random.default_rng(0), 3.0)
     assert len(clean) == len(level) == len(ids) == len(mask)
     assert 0 < level.min() < level.max() <= 1
 
