@@ -39,9 +39,12 @@ RUN python3 -m venv "$VIRTUAL_ENV" \
 COPY --chown=1000:1000 requirements.txt ./
 RUN pip install -r requirements.txt
 COPY --chown=1000:1000 . .
+# So that a running container writes to /data and /tmp only.
+RUN python -m compileall -q dualparal
 
 ENV HF_HOME=/data/huggingface \
     DUALPARAL_OUTPUTS=/data/outputs \
+    DUALPARAL_CACHE=/data/cache \
     GRADIO_SERVER_NAME=0.0.0.0 \
     GRADIO_SERVER_PORT=7860
 VOLUME /data

@@ -30,7 +30,9 @@ MAX_BYTES = 10**9  # of a Space's repository
 MAX_DESCRIPTION = 60
 COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 DATA = "/data"  # where a volume is mounted
-DATA_VARIABLES = {"HF_HOME": f"{DATA}/huggingface", "DUALPARAL_OUTPUTS": f"{DATA}/outputs"}
+DATA_VARIABLES = {  # as in the Dockerfile
+    "HF_HOME": f"{DATA}/huggingface", "DUALPARAL_OUTPUTS": f"{DATA}/outputs", "DUALPARAL_CACHE": f"{DATA}/cache",
+}  # fmt: skip
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.S)
 KNOWN_KEYS = {
     "title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "python_version", "app_file", "app_port", "license",

@@ -7,6 +7,7 @@ the text encoder is tiny and stays float32, because transformers loads a model i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
@@ -18,9 +19,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def build_pipeline(vae: AutoencoderKLWan, model: PocketModel) -> WanPipeline:
     """A plain `WanPipeline` around copies of the weights; `vae` and `model` are left as they are."""
-    fresh_vae = AutoencoderKLWan.from_config(dict(vae.config))
+    fresh_vae = AutoencoderKLWan.from_config(_without_origin(vae.config))
     fresh_vae.load_state_dict(vae.state_dict())
-    transformer = type(model.transformer).from_config(dict(model.transformer.config))
+    transformer = type(model.transformer).from_config(_without_origin(model.transformer.config))
     transformer.load_state_dict(model.transformer.state_dict())
     text_encoder = type(model.text_encoder)(model.text_encoder.config)
     text_encoder.load_state_dict(model.text_encoder.state_dict())
@@ -31,6 +32,11 @@ def build_pipeline(vae: AutoencoderKLWan, model: PocketModel) -> WanPipeline:
         tokenizer=model.tokenizer, text_encoder=text_encoder.eval(), vae=fresh_vae.eval(), scheduler=scheduler,
         transformer=transformer.eval(),
     )  # fmt: skip
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """What a module was built from, without diffusers' own notes: `_name_or_path` would tell where training kept its files."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def export(vae: AutoencoderKLWan, model: PocketModel, ema: Ema, folder: Path = WEIGHTS) -> None:

@@ -20,12 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 SCRIPTS = sorted((ROOT / "examples").glob("*.*"))
 FENCE = re.compile(r"```bash\n(.*?)```", re.S)
-STARTS = re.compile(r"(?:\S*python3? (?:-m dualparal|app\.py|scripts/push_space\.py)|^dualparal|-m dualparal)(?=\s|$)")
+STARTS = re.compile(r"(?:\S*python3? (?:-m dualparal|app\.py|scripts/\w+\.py)|^dualparal|-m dualparal)(?=\s|$)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
-OTHERS_FLAGS = {  # of torchrun, docker, pip, pytest, ruff and srun
+OTHERS_FLAGS = {  # of torchrun, docker, pip, pytest, ruff, srun and debootstrap
     "--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--master-port", "--max-restarts", "--rdzv-backend",
     "--rdzv-endpoint", "--rdzv-id", "--gpus", "--shm-size", "--build-arg", "--check", "--no-deps", "--requeue", "--network",
+    "--variant", "--include",
 }  # fmt: skip
 
 
@@ -41,7 +42,8 @@ def our_arguments(command: str) -> list[str] | None:
     found = STARTS.search(command)
     if found is None or command.startswith(("pip", "docker build")):
         return None
-    words = shlex.split(command[found.end() :].replace("...", " ").rstrip("'"))
+    rest = command[found.end() :].replace("...", " ")
+    words = shlex.split(rest.rstrip("'") if rest.count("'") % 2 else rest)  # the end of bash -c '...'
     name = found.group(0).split()[-1]
     return ["serve", *words] if name == "app.py" else [name, *words] if name.startswith("scripts/") else words
 
@@ -125,15 +127,18 @@ def test_every_file_that_docs_name_is_there() -> None:
 
 
 def test_errors_of_the_troubleshooting_page_are_said_somewhere() -> None:
-    """Each row's message begins with words that the source says too."""
+    """Each message in a row's first cell holds words that the source says too."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "dualparal").rglob("*.py"))
-    said = re.sub(r"\{[^{}]*\}", "{}", source)
-    for row in re.findall(r"(?m)^\| `([^`]+)`", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")):
-        pieces = [piece.strip(" .,:;") for piece in re.split(r"\.\.\.|=?'?\b\d[\w.]*|host-[ab]|dtype=|\(", row)]
+    said = re.sub(r"\{[^{}]*\}", "{}", re.sub(r'"\n *f?"', "", source))
+    cells = re.findall(r"(?m)^\| (.*?) \| ", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 100
+    for message in messages:
+        pieces = [piece.strip(" .,:;") for piece in re.split(r"\.\.\.|=?'?\b\d[\w.]*|host-[ab]|dtype=|\(", message)]
         longest = max(pieces, key=len)
         words = longest.split()
         spans = [" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))]
-        assert any(span in said for span in spans), f"nothing in the source says {row!r}"
+        assert any(span in said for span in spans), f"nothing in the source says {message!r}"
 
 
 def test_the_examples_run_torchrun_and_nothing_else() -> None:

@@ -65,3 +65,8 @@ def test_the_wheel_holds_the_embedded_model(wheel: set[str]) -> None:
     for file in weights.rglob("*"):
         if file.is_file():
             assert str(file.relative_to(ROOT)) in wheel
+
+
+def test_the_wheel_holds_licences_and_the_command(wheel: set[str]) -> None:
+    (info,) = {name.split("/")[0] for name in wheel if ".dist-info/" in name}
+    assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt", "dualparal/pocket/README.md"} <= wheel

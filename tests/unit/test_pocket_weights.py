@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
 from dualparal.model.layout import Checkpoint
-from dualparal.pocket.export import WEIGHTS
+from dualparal.pocket.export import WEIGHTS, build_pipeline
 from dualparal.pocket.full_sequence import use_full_sequence
 from dualparal.pocket.metrics import adherence, classify_motion, read_frames
+from dualparal.pocket.text import build_tokenizer
+from dualparal.pocket.train_dit import PocketModel
 from dualparal.pocket.train_vae import psnr_db
 from dualparal.pocket.world import Prompt
 from dualparal.presets import load_presets
@@ -55,6 +58,24 @@ def test_layout_size_and_classes() -> None:
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 25e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def machine_paths(folder: Path) -> list[str]:
+    """Absolute paths in the JSON files of a folder, as `file: text`."""
+    texts = {file: file.read_text(encoding="utf-8") for file in folder.rglob("*.json")}
+    assert texts
+    found = [(file, path) for file, text in texts.items() for path in re.findall(r'"((?:/|~|[A-Z]:\\)[^"]+)"', text)]
+    return [f"{file.name}: {path}" for file, path in found]
+
+
+def test_no_shipped_file_tells_where_it_was_made(tmp_path: Path) -> None:
+    assert machine_paths(WEIGHTS) == []
+    model = PocketModel(build_tokenizer())
+    model.transformer = type(model.transformer).from_pretrained(WEIGHTS / "transformer")
+    vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae")
+    assert str(WEIGHTS / "vae") == str(vae.config["_name_or_path"]), "diffusers notes where it has a module from"
+    build_pipeline(vae, model).save_pretrained(tmp_path)
+    assert machine_paths(tmp_path) == []
 
 
 def test_preset_matches_the_checkpoint() -> None:
