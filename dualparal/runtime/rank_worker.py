@@ -49,6 +49,7 @@ from dualparal.runtime.messages import (
     StorePort,
     WorkerOptions,
 )
+from dualparal.runtime.network import listen_at
 from dualparal.runtime.stage_worker import SpanLog, serve_stage
 from dualparal.runtime.state import StageShare, StateWriter, read_state
 from dualparal.runtime.transport import IDLE_TIMEOUT, DistributedLinks, Links, SoloLinks
@@ -102,20 +103,36 @@ def rank_main(
 
 
 def join_ring(rank: int, options: WorkerOptions, uplink: Uplink, device: torch.device) -> Links:
-    """Meet the other ranks over a store on a free port of rank 0's host; the front end says when all are there."""
+    """Meet the other ranks over a store on a free port of rank 0's host; the front end says when all are there.
+
+    Where all ranks are on one host nobody outside can reach what listens: neither torch's store nor gloo asks who calls.
+    """
     if options.ranks == 1:
         return SoloLinks()
     timeout = datetime.timedelta(seconds=options.timeout_s)
     if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, options.ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = open_store("127.0.0.1" if options.gate_address is None else options.gate_address, options.ranks, timeout)
         uplink.send(StorePort(store.port))
     meeting: StorePort = uplink.receive()
     if meeting.interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
+        if options.gate_address is None:
+            os.environ["GLOO_SOCKET_IFNAME"] = meeting.interface
+        else:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
     if rank:
         store = dist.TCPStore(meeting.host, meeting.port, options.ranks, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks, timeout=IDLE_TIMEOUT)
     return DistributedLinks(rank, options.ranks, device=device, timeout_s=options.timeout_s)
+
+
+def open_store(address: str, ranks: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """The store, on `address` alone ("": on every address). By itself it would listen everywhere, whatever host it is given."""
+    listener = listen_at(address)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        address or "127.0.0.1", port, ranks, is_master=True, timeout=timeout, wait_for_workers=False,
+        master_listen_fd=listener.detach(),  # the store closes it
+    )  # fmt: skip
 
 
 class Coordinator:
