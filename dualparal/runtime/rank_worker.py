@@ -22,7 +22,7 @@ from dualparal.core.plan import BlockPlan
 from dualparal.core.rules import plan_of, rules_of
 from dualparal.core.sampler import SamplerFactory
 from dualparal.core.schedule import Item, Schedule, make_schedule
-from dualparal.errors import DualParalError, RequestError, WorkerDied
+from dualparal.errors import DualParalError, JobCancelled, RequestError, WorkerDied
 from dualparal.events import Progress, Started
 from dualparal.model.layout import Checkpoint
 from dualparal.model.low_memory import stored_bytes
@@ -57,6 +57,7 @@ from dualparal.runtime.worker import Uplink, call_hook, describe_error, quiet_li
 
 log = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 0.2
+LOOK_INTERVAL_S = 0.2  # for a stop, while the codec encodes
 
 
 def rank_main(
@@ -83,8 +84,8 @@ def rank_main(
             attention=options.attention, is_compiled=options.is_compiled, quantization=options.quantization,
             is_offloaded=options.is_offloaded,
         )  # fmt: skip
-        parts = call_hook(options, rank=rank, stage=stage, links=links, uplink=uplink)
-        stage, links = parts["stage"], parts["links"]
+        parts = call_hook(options, rank=rank, stage=stage, links=links, uplink=uplink, requests=requests)
+        stage, links, inbox = parts["stage"], parts["links"], parts["requests"]
         about = {
             "parameters": [name for model in stage.models for name, _ in model.named_parameters()],
             "weight_bytes": sum(stored_bytes(model) for model in stage.models),
@@ -96,8 +97,8 @@ def rank_main(
             ahead_s = options.clock_ahead_s
             serve_stage(stage, links, lambda job_id, spans: uplink.send(Spans(job_id, tuple(s.later(ahead_s) for s in spans))))
         else:
-            assert requests is not None and to_codec is not None and from_codec is not None
-            Coordinator(stage, links, checkpoint, uplink, requests, to_codec, from_codec, options).serve()
+            assert inbox is not None and to_codec is not None and from_codec is not None
+            Coordinator(stage, links, checkpoint, uplink, inbox, to_codec, from_codec, options).serve()
 
     run_worker(f"rank {rank}", connection, options, serve)
 
@@ -193,6 +194,10 @@ class Coordinator:
             self._take(self._requests.get())
         return job_id in self._cancelled or any(isinstance(message, Shutdown) for message in self._waiting)
 
+    def _check_stop(self, job_id: str) -> None:
+        if self._is_stopped(job_id):
+            raise JobCancelled(f"job {job_id} was stopped before its first block step")
+
     def _run(self, job: RunJob) -> None:
         request = job.request
         assert request.latents_num and request.num_per_block and request.num_cat is not None and request.flow_shift
@@ -212,52 +217,46 @@ class Coordinator:
         noise = self._noise(job, plan, height, width)
         texts = self._texts(job, timings)
         self._to_codec.put(OpenVideo(job, *_px(request)))
-        finished = False
-        if texts is not None:
-            started_s = time.monotonic()
-            samplers = SamplerFactory(
-                self._checkpoint.config("scheduler"), num_steps=request.num_inference_steps,
-                flow_shift=request.flow_shift, device=self._stage.device,
-            )  # fmt: skip
-            spec = JobSpec(
-                job.job_id,
-                rules_of(request),
-                plan,
-                samplers.experts(request.boundary_ratio),
-                JobShape(
-                    height, width, len(texts[0]), (request.guidance_scale, request.guidance_scale_2), (0,) * plan.num_blocks
-                ),
-                self._stage.embed_conditions(samplers.timesteps, texts),
-                start=state.next_index if state else 0,
-                state_folder=str(folder),
-                caches_of=state.sweep if state and is_cached else None,
-            )
-            schedule = make_schedule(spec.rules, plan, spec.experts)
-            self._links.broadcast(spec)
-            self._stage.begin(spec.shape, schedule, spec.conditions)
-            if spec.caches_of is not None:
-                self._stage.restore_tails(read_caches(folder, spec.caches_of, self._stage.layers))
-            progress = ProgressReport(job.job_id, schedule, self._uplink, spec.start)
-            saver = StateWriter(folder, share=StageShare(self._stage.layers, num_layers) if is_cached else None)
-            denoiser = Denoiser(
-                self._stage, self._links, schedule, samplers, noise,
-                is_stopped=lambda: self._is_stopped(job.job_id),
-                on_step=progress.step,
-                on_block=lambda block, latents: self._to_codec.put(
-                    DecodeBlock(job.job_id, block, latents.cpu().numpy())
-                ),
-                spans=SpanLog("stage 0", lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
-                saver=saver,
-            )  # fmt: skip
-            for block, latents in enumerate(before):
-                self._to_codec.put(DecodeBlock(job.job_id, block, latents.numpy()))
-            if state is not None:
-                denoiser.restore(state)
-            finished = denoiser.run()
-            self._stage.end()
-            timings["denoise_s"] = time.monotonic() - started_s
-            saver.close()
-            timings["save_s"] = saver.seconds
+        started_s = time.monotonic()
+        samplers = SamplerFactory(
+            self._checkpoint.config("scheduler"), num_steps=request.num_inference_steps,
+            flow_shift=request.flow_shift, device=self._stage.device,
+        )  # fmt: skip
+        spec = JobSpec(
+            job.job_id,
+            rules_of(request),
+            plan,
+            samplers.experts(request.boundary_ratio),
+            JobShape(height, width, len(texts[0]), (request.guidance_scale, request.guidance_scale_2), (0,) * plan.num_blocks),
+            self._stage.embed_conditions(samplers.timesteps, texts),
+            start=state.next_index if state else 0,
+            state_folder=str(folder),
+            caches_of=state.sweep if state and is_cached else None,
+        )
+        schedule = make_schedule(spec.rules, plan, spec.experts)
+        self._links.broadcast(spec)
+        self._stage.begin(spec.shape, schedule, spec.conditions)
+        if spec.caches_of is not None:
+            self._stage.restore_tails(read_caches(folder, spec.caches_of, self._stage.layers))
+        progress = ProgressReport(job.job_id, schedule, self._uplink, spec.start)
+        saver = StateWriter(folder, share=StageShare(self._stage.layers, num_layers) if is_cached else None)
+        denoiser = Denoiser(
+            self._stage, self._links, schedule, samplers, noise,
+            is_stopped=lambda: self._is_stopped(job.job_id),
+            on_step=progress.step,
+            on_block=lambda block, latents: self._to_codec.put(DecodeBlock(job.job_id, block, latents.cpu().numpy())),
+            spans=SpanLog("stage 0", lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
+            saver=saver,
+        )  # fmt: skip
+        for block, latents in enumerate(before):
+            self._to_codec.put(DecodeBlock(job.job_id, block, latents.numpy()))
+        if state is not None:
+            denoiser.restore(state)
+        finished = denoiser.run()
+        self._stage.end()
+        timings["denoise_s"] = time.monotonic() - started_s
+        saver.close()
+        timings["save_s"] = saver.seconds
         self._to_codec.put(CloseVideo(job.job_id, not finished, timings))
 
     def _latent_size(self, request: GenerationRequest) -> tuple[int, int]:
@@ -284,8 +283,8 @@ class Coordinator:
             plan, job.request.num_per_block, job.request.seed, channels=channels, height=height, width=width
         )
 
-    def _texts(self, job: RunJob, timings: dict[str, float]) -> list[list[torch.Tensor]] | None:
-        """The text's guidance halves, from the caller or the codec; None when the job is stopped meanwhile."""
+    def _texts(self, job: RunJob, timings: dict[str, float]) -> list[list[torch.Tensor]]:
+        """The text's guidance halves, from the caller or the codec; raises `JobCancelled` when the job is stopped meanwhile."""
         request = job.request
         assert request.guidance_scale is not None and request.negative_prompt is not None
         prompts = [request.prompt, request.negative_prompt][: 2 if request.guidance_scale > 1 else 1]
@@ -303,15 +302,16 @@ class Coordinator:
             if half.ndim != 3 or half.shape[0] != 1 or half.shape[2] != text_dim:
                 raise RequestError(f"prompt_embeds have shape {list(half.shape)}; they must be [1, tokens, {text_dim}]",
                                    "prompt_embeds")  # fmt: skip
-        if self._is_stopped(job.job_id):
-            return None
+        self._check_stop(job.job_id)
         return [[torch.from_numpy(half) for half in halves if half is not None]]
 
     def _await_embeddings(self, job_id: str) -> Embeddings:
+        """The codec's answer to this job; it may still be busy with one that has been stopped."""
         deadline_s = time.monotonic() + self._timeout_s
         while time.monotonic() < deadline_s:
+            self._check_stop(job_id)
             try:
-                answer: Embeddings = self._from_codec.get(timeout=1.0)
+                answer: Embeddings = self._from_codec.get(timeout=LOOK_INTERVAL_S)
             except queue.Empty:
                 continue
             if answer.job_id == job_id:
