@@ -12,8 +12,9 @@ from dualparal.presets import Preset
 from tests.conftest import wait_until
 from tests.distributed.hooks import ENCODER_IS_HELD, HELD_ITEM, HOLD_FOLDER, IS_HELD
 
-WAIT_S = 300
+WAIT_S = 600
 SMALL = Preset(height=32, width=32, num_inference_steps=4, num_per_block=3, num_cat=2)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
