@@ -20,7 +20,7 @@ from typing import Any
 
 from dualparal.errors import EngineError
 from dualparal.runtime.messages import Farewell, Hello, RankBegun, RankEnded, StartRank, StopRank, WorkerOptions
-from dualparal.runtime.network import LOST_AFTER_S, admit, interface_of, is_loopback, own_address
+from dualparal.runtime.network import LOST_AFTER_S, admit, interface_of, is_loopback, listen_at, own_address
 from dualparal.runtime.torchrun import SECRET_VARIABLE, Notice, Team, leave_notice
 
 log = logging.getLogger(__name__)
@@ -38,10 +38,10 @@ class Gate:
         self._hosts: dict[int, tuple[Connection, Hello]] = {}
         self._lock = threading.Lock()
         self._generations = itertools.count(1)
-        address, host = _addresses(team.master_addr)
+        self.address, host = _addresses(team.master_addr)
         self._addresses: set[str] = set()  # by which hosts have reached this one
         key = "" if os.environ.get(SECRET_VARIABLE) else secrets.token_hex(32)
-        self._socket = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self._socket = listen_at(self.address)
         self.notice = Notice(host=host, port=self._socket.getsockname()[1], key=key)
         self._key = self.notice.shared_key(team)
         threading.Thread(target=self._accept, daemon=True, name="dualparal gate").start()

@@ -45,6 +45,7 @@ class WorkerGroup:
     """One generation of workers: N ranks and the codec, their queues and lines. Made anew after a death."""
 
     def __init__(self, options: WorkerOptions, gate: Gate | None = None) -> None:
+        options = dataclasses.replace(options, gate_address=gate.address) if gate else options
         context = multiprocessing.get_context("spawn")
         self.requests: Any = context.Queue()
         to_codec: Any = context.Queue()

@@ -50,6 +50,7 @@ class WorkerOptions:
     text_cache: str | None = None  # folder of embeddings kept across runs
     loras: tuple[Lora, ...] = ()
     clock_ahead_s: float = 0.0  # of the front end's monotonic clock over this host's
+    gate_address: str | None = None  # where the front end takes in other hosts ("": everywhere); None: all ranks are here
 
     @property
     def ranks(self) -> int:
@@ -148,7 +149,7 @@ class Ready:
 class StorePort:
     """Rank 0 to the front end: where the rendezvous store listens; front end to all ranks, once all are there: go and meet.
 
-    `interface` is the one gloo talks over.
+    `interface` is the one gloo talks over; with several hosts GLOO_SOCKET_IFNAME may name another.
     """
 
     port: int

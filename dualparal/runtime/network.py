@@ -45,6 +45,11 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def listen_at(address: str) -> socket.socket:
+    """A listening socket on a free port of this host's `address`; "" means all of them."""
+    return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+
+
 def dial(host: str, port: int, key: bytes) -> tuple[Connection, str]:
     """Connect and pass the challenge: (connection, our own address on it). Raises OSError, EOFError or AuthenticationError."""
     plain = socket.create_connection((host, port), timeout=HANDSHAKE_S)

@@ -1,13 +1,20 @@
-"""What tests put into workers (`worker_hook="tests.distributed.hooks:faults"`): faults, by a job's number of steps."""
+"""What tests put into workers (`worker_hook="tests.distributed.hooks:faults"`): faults and waits, by a job's steps."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 FAILS_ON_RANK_1 = 13  # inference steps of the jobs that go wrong
 IS_SLOW = 19
 SLEEP_S = 0.03
+HOLD_FOLDER = "DUALPARAL_TEST_HOLD"  # names the folder of `holds`
+IS_HELD = 23
+HELD_ITEM = 40
+ENCODER_IS_HELD = "hold the encoder"  # a prompt
 
 
 def faults(*, rank: int | None, **parts: Any) -> None:
@@ -30,3 +37,69 @@ def faults(*, rank: int | None, **parts: Any) -> None:
         return run(item, incoming)
 
     stage.begin, stage.run = begin_noting, run_with_faults
+
+
+def holds(*, rank: int | None, **parts: Any) -> dict[str, Any] | None:
+    """Work that waits for a stop. Jobs of 23 steps: the last rank stays in its block step 40 until the stop has reached rank 0,
+    and files tell how many block steps each rank has begun. The prompt above is encoded once the file `go` is there."""
+    folder = Path(os.environ[HOLD_FOLDER])
+    if rank is None:
+        encode = parts["text"].encode
+
+        def encode_late(text: str) -> Any:
+            if text == ENCODER_IS_HELD:
+                (folder / "encoding").touch()
+                wait_for_file(folder / "go")
+            return encode(text)
+
+        parts["text"].encode = encode_late
+        return None
+    stage, links = parts["stage"], parts["links"]
+    requests = WatchedRequests(parts["requests"], folder / "stop has come")
+    begin, run = stage.begin, stage.run
+    steps = [0]
+
+    def begin_noting(shape: Any, schedule: Any, conditions: Any) -> Any:
+        steps[0] = schedule.num_steps
+        if rank == 0 and steps[0] == IS_HELD:
+            threading.Thread(target=requests.watch, daemon=True).start()
+        return begin(shape, schedule, conditions)
+
+    def run_held(item: Any, incoming: Any) -> Any:
+        if steps[0] == IS_HELD:
+            with (folder / f"begun on rank {rank}").open("ab") as begun:
+                begun.write(b".")
+            if rank == links.ranks - 1 and item.index == HELD_ITEM:
+                (folder / "held").touch()
+                wait_for_file(folder / "stop has come")
+        return run(item, incoming)
+
+    stage.begin, stage.run = begin_noting, run_held
+    return {"requests": requests}
+
+
+class WatchedRequests:
+    """Rank 0's queue; once watched, a file tells that something is in it, before anybody has taken that out."""
+
+    def __init__(self, requests: Any, told: Path) -> None:
+        self._requests, self._told = requests, told
+        self._is_watched = False
+
+    def watch(self) -> None:
+        self._is_watched = True
+        while self.empty():
+            time.sleep(0.005)
+
+    def empty(self) -> bool:
+        is_empty = bool(self._requests.empty())
+        if self._is_watched and not is_empty:
+            self._told.touch()
+        return is_empty
+
+    def get(self) -> Any:
+        return self._requests.get()
+
+
+def wait_for_file(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.005)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -340,12 +339,10 @@ def test_queue_full(duo: Engine, outputs: Path) -> None:
 def test_cancel_while_running(duo: Engine, first_bits: torch.Tensor, at: type) -> None:
     job, follower = duo.submit(slow()), duo.submit(REQUEST, return_latents=True)
     wait_for(job, at)
-    asked_s = time.monotonic()
     job.cancel()
     job.cancel()
     with pytest.raises(JobCancelled) as caught:
         job.result(WAIT_S)
-    assert time.monotonic() - asked_s < 20
     final = list(job.events())[-1]
     assert isinstance(final, Cancelled)
     blocks = [event for event in job.events() if isinstance(event, BlockReady)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -110,6 +111,10 @@ def run_through_a_loss(hosts: Hosts, expected: bytes, cut: Callable[[], None], m
 
 def test_a_host_that_dies_and_comes_back(tiny: Path, tmp_path: Path, expected: bytes, leaves_nothing: None) -> None:
     with two_hosts(tiny, tmp_path / "hosts", ("127.0.0.1", "127.0.0.2")) as hosts:
+        workers = json.loads(hosts.wait_for("workers.json"))
+        for worker in workers.values():
+            ports = psutil.Process(worker["pid"]).net_connections(kind="inet")
+            assert all(p.laddr.ip.startswith("127.0.0.") for p in ports if p.status == psutil.CONN_LISTEN), ports
         run_through_a_loss(hosts, expected, cut=lambda: hosts.kill(1), mend=lambda: hosts.start(1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import logging
 import socket
 import threading
@@ -12,6 +13,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import pytest
 
 from dualparal.errors import EngineError, RequestError
@@ -33,6 +35,7 @@ from dualparal.runtime.messages import (
     WorkerError,
     WorkerOptions,
 )
+from dualparal.runtime.rank_worker import open_store
 from dualparal.runtime.torchrun import SECRET_VARIABLE, Notice, Team, find_team, settle_ranks
 
 TEAM = Team(rank=0, ranks=3, local_rank=0, local_ranks=1, master_addr="127.0.0.1", master_port=1, run_id="test")
@@ -259,9 +262,11 @@ def test_a_host_relays_and_tells_the_end(
     gate: Gate, desk: Any, started: list[tuple[FakeProcess, Connection, WorkerOptions]]
 ) -> None:
     worker, thread, ends = desk
+    worker._options = dataclasses.replace(OPTIONS, gate_address=gate.address)
     worker.call()
     until(lambda: started)
     process, line, options = started[0]
+    assert options.gate_address == "127.0.0.1", "a rank knows that there are other hosts"
     assert options.folder == "/second/model", "each host has files of its own"
     assert abs(options.clock_ahead_s) < 5
     assert worker.line is not None
@@ -304,6 +309,20 @@ def test_hosts_with_other_flags_are_named(
     assert isinstance(found[0], WorkerError) and found[0].kind == "RequestError"
     assert "dtype=float32, rank 0 with bfloat16" in found[0].message
     assert not started
+
+
+@pytest.mark.parametrize(("address", "listens_on"), [("127.0.0.1", "127.0.0.1"), ("127.0.0.2", "127.0.0.2"), ("", "0.0.0.0")])
+def test_the_store_listens_where_the_gate_does(address: str, listens_on: str) -> None:
+    def listening() -> set[tuple[str, int]]:
+        return {tuple(c.laddr) for c in psutil.Process().net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    store = open_store(address, 2, datetime.timedelta(seconds=60))
+    assert listening() - before == {(listens_on, store.port)}
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    del store
+    until(lambda: listening() == before)
 
 
 def test_the_interface_of_an_address() -> None:
