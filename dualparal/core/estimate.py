@@ -86,14 +86,13 @@ def workload_of(
     sizes = DiTSizes.of(config)
     if sum(layers) != sizes.num_layers:
         raise ValueError(f"{list(layers)} layers do not add up to the model's {sizes.num_layers}")
-    scales = (request.guidance_scale, request.guidance_scale_2 if experts and any(experts) else None)
     plan = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat)
     return Workload(
         sizes=sizes,
         schedule=make_schedule(rules or Rules(), plan, experts or (0,) * request.num_inference_steps),
         layers=tuple(layers),
         tokens_per_frame=sizes.tokens_per_frame(request.height, request.width),
-        num_halves=2 if any(scale is not None and scale > 1 for scale in scales) else 1,
+        num_halves=2 if request.guidance_scale > 1 else 1,  # for both experts, as diffusers has it
         text_tokens=text_tokens,
     )
 

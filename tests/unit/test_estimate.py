@@ -187,10 +187,12 @@ def test_micro_batches_and_no_guidance_halve_the_work() -> None:
     assert len(halves.schedule.items) == 2 * len(both.schedule.items)
 
 
-def test_second_scale_counts_for_two_experts_only() -> None:
-    asked = request(guidance_scale=1.0, guidance_scale_2=3.0)
-    assert workload_of(asked, WAN_14B, [40]).num_halves == 1
-    assert workload_of(asked, WAN_14B, [40], experts=(0,) * 10 + (1,) * 40).num_halves == 2
+def test_the_first_scale_decides_for_both_experts() -> None:
+    """As diffusers' WanPipeline and our rank 0: the unconditional half runs iff `guidance_scale` > 1."""
+    experts = (0,) * 10 + (1,) * 40
+    for first, second, halves in ((1.0, 3.0, 1), (3.0, 1.0, 2), (3.0, 3.0, 2), (1.0, 1.0, 1)):
+        asked = request(guidance_scale=first, guidance_scale_2=second)
+        assert workload_of(asked, WAN_14B, [40], experts=experts).num_halves == halves
 
 
 def test_forecast_scales_with_the_rate() -> None:
