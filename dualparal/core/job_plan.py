@@ -177,8 +177,9 @@ def _memory(workload: Workload, request: GenerationRequest, model: ModelSizes, p
     vae_bytes = model.vae_parameters * DTYPE_BYTES[placement.vae_dtype]
     plan = memory_plan(
         workload, height=request.height, width=request.width, dtype=placement.dtype, num_experts=model.num_experts,
-        codec_rank=placement.codec_rank, text_encoder_bytes=0, vae_bytes=vae_bytes, on_gpu=placement.on_gpu,
-        quantization=placement.quantization, is_offloaded=placement.is_offloaded,
+        codec_rank=placement.codec_rank, text_encoder_bytes=0, vae_bytes=vae_bytes,
+        vae_dtype=placement.vae_dtype, on_gpu=placement.on_gpu, quantization=placement.quantization,
+        is_offloaded=placement.is_offloaded,
     )  # fmt: skip
     # Encoding and decoding never happen at once: a text encoder that leaves the device makes room for the decoder's work.
     is_kept = placement.text_encoder == "keep" or (not placement.on_gpu and placement.text_encoder == "cpu")

@@ -115,8 +115,15 @@ def test_a_text_encoder_that_leaves_makes_room() -> None:
     kept, freed = (plan_job(request, model, replace(placement, text_encoder=where)).memory for where in ("keep", "cpu"))
     text, decoding = model.text_parameters * 2, kept.codec - model.text_parameters * 2 - model.vae_parameters * 4
     assert kept.codec - freed.codec == min(text, decoding)
-    half = plan_job(request, model, replace(placement, vae_dtype="bfloat16")).memory
-    assert kept.codec - half.codec == model.vae_parameters * 2
+
+
+def test_the_decode_follows_the_vaes_dtype() -> None:
+    """At 720p the weights are the least of it."""
+    request, model, placement = case("wan2.1-14b-720p")
+    full, half = (plan_job(request, model, replace(placement, vae_dtype=name)).memory for name in ("float32", "bfloat16"))
+    saved = full.codec - half.codec
+    assert saved == model.vae_parameters * 2 + 720 * 1280 * (53 * 4 - 55 * 2) * 96
+    assert 9 * GB < saved < 10 * GB
 
 
 @pytest.mark.parametrize(
