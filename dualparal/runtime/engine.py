@@ -21,6 +21,7 @@ from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.errors import DualParalError, EngineError, RequestError
 from dualparal.events import Finished
+from dualparal.model.attention_backends import check_attention
 from dualparal.model.known import sizes_of
 from dualparal.model.layout import split_layers
 from dualparal.model.lora_source import find_loras
@@ -30,7 +31,7 @@ from dualparal.request import GenerationRequest
 from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, make_baseline_folder
 from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
-from dualparal.runtime.devices import bytes_per_device, place, place_hosts
+from dualparal.runtime.devices import bytes_per_device, is_on_gpu, place, place_hosts
 from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.engine_options import check_offload, check_quantization, check_text_encoder, dtype_name
 from dualparal.runtime.gate import Gate
@@ -107,6 +108,8 @@ class Engine:
         `log_json`: workers log one JSON object a line. `team`: one pipeline over torchrun's processes (`torchrun.find_team`),
         each a rank; only the first may be started, the others `host`.
         """
+        check_quantization(quantization)  # both before a download
+        check_attention(attention, on_gpu=is_on_gpu(device))
         self.preset, self.checkpoint = find_model(str(model), preset)
         self.num_experts = self.checkpoint.num_experts
         ranks = settle_ranks(team, ranks, replicas)

@@ -34,7 +34,7 @@ def check_quantization(name: str | None) -> str | None:
     if name is not None and name not in QUANTIZATIONS:
         raise RequestError(f"quantization={name!r} is not known; use {' or '.join(QUANTIZATIONS)}", "quantization")
     if name == "int8" and importlib.util.find_spec("torchao") is None:
-        raise RequestError("quantization=int8 needs the package torchao; install it, or use fp8", "quantization")
+        raise RequestError("quantization=int8 needs the package torchao (pip install torchao); or use fp8", "quantization")
     return name
 
 
