@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dualparal.core.estimate import format_plan, gigabytes
-from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, plan_job
+from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, plan_job, settle_text_encoder
 from dualparal.core.proposals import propose
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
@@ -22,7 +22,7 @@ from dualparal.presets import Preset, find_preset, load_presets
 from dualparal.request import GenerationRequest
 from dualparal.runtime.calibration import load_speed, store_speed
 from dualparal.runtime.devices import bytes_per_device, count_gpus
-from dualparal.runtime.engine_options import QUANTIZATIONS, check_offload, dtype_name, layer_counts
+from dualparal.runtime.engine_options import QUANTIZATIONS, TEXT_ENCODER_PLACES, check_offload, dtype_name, layer_counts
 
 
 def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Callable[..., None]) -> None:
@@ -41,7 +41,7 @@ def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Ca
     devices.add_argument("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
     add_low_memory_flags(devices.add_argument)
     devices.add_argument("--vae_dtype", help="dtype of the VAE (default: the preset's)")
-    devices.add_argument("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
+    devices.add_argument("--text_encoder", choices=TEXT_ENCODER_PLACES, default="auto", help="where it is after encoding")
     speed = parser.add_argument_group("the times")
     speed.add_argument("--flops", type=float, metavar="TFLOPS", help="10^12 FLOP/s of one device, instead of a calibration")
     speed.add_argument("--calibrate", action="store_true", help="measure this host's device first, and remember it")
@@ -63,7 +63,11 @@ def run_plan(options: argparse.Namespace) -> int:
     placement = _placement(options, preset, model)
     given = {field: getattr(options, field) for field in GenerationRequest.model_fields}
     asked = GenerationRequest(**{**{k: v for k, v in given.items() if v is not None}, "prompt": options.prompt or ""})
-    request = settle_rules(asked.resolve(preset, num_experts=model.num_experts), len(placement.layers))
+    request, usual = (
+        settle_rules(wanted.resolve(preset, num_experts=model.num_experts), len(placement.layers))
+        for wanted in (asked, GenerationRequest(prompt=""))
+    )
+    placement = settle_text_encoder(usual, model, placement)  # as an engine does
     speed, source = _speed(options, request, model, placement)
     plan = plan_job(request, model, placement, speed=speed)
     print(describe(plan, source))

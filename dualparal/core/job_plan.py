@@ -40,8 +40,8 @@ class Placement:
     """Which part runs where: `layers[r]` layers on rank r, each rank on a GPU of its own or all on this host's CPU.
 
     `codec_rank`: the rank whose GPU the codec shares, None for a GPU of its own. `bytes_per_device`: of each GPU, or of the
-    host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised). `quantization`: None,
-    fp8 or int8. `is_offloaded`: layers wait in host memory.
+    host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised), or auto until
+    `settle_text_encoder`. `quantization`: None, fp8 or int8. `is_offloaded`: layers wait in host memory.
     """
 
     layers: tuple[int, ...]
@@ -208,6 +208,17 @@ def experts_by_step(request: GenerationRequest, num_train_timesteps: int = 1000)
         shifted = min(shift * sigma / (1 + (shift - 1) * sigma), 1 - 1e-6)  # UniPC keeps the first below 1
         found.append(int(int(shifted * num_train_timesteps) < boundary * num_train_timesteps))
     return tuple(found)
+
+
+def settle_text_encoder(request: GenerationRequest, model: ModelSizes, placement: Placement) -> Placement:
+    """`placement` with `text_encoder` "auto" settled: keep where `request` fits beside it or the memory is not known, else
+    away from its device, in host memory (GPUs) or dropped (CPU). Engines ask with the preset's own request."""
+    if placement.text_encoder != "auto":
+        return placement
+    kept = replace(placement, text_encoder="keep")
+    if plan_job(request, model, kept, is_short=True).refusal is None:
+        return kept
+    return replace(placement, text_encoder="cpu" if placement.on_gpu else "free")
 
 
 def balanced_layers(request: GenerationRequest, model: ModelSizes, placement: Placement) -> tuple[int, ...]:

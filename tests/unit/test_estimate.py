@@ -28,7 +28,9 @@ from dualparal.core.estimate import (
     most_cached_frames,
     workload_of,
 )
+from dualparal.core.job_plan import ModelSizes, Placement, plan_job, settle_text_encoder
 from dualparal.core.plan import BlockPlan
+from dualparal.core.rules import settle_rules
 from dualparal.core.schedule import Rules, make_schedule
 from dualparal.core.sizes import (
     PUBLISHED_MODELS,
@@ -371,19 +373,19 @@ def test_codec_bytes() -> None:
 @pytest.mark.parametrize("preset", [preset for preset in load_presets().values() if preset.model in PUBLISHED_MODELS])
 def test_hardware_lines_of_the_presets_are_true(preset: Preset) -> None:
     """Every "N GPUs with M GB" holds the preset's own request, the codec on a spare card or on the last rank's."""
-    config, num_experts = PUBLISHED_MODELS[preset.model]
-    asked = GenerationRequest(prompt="x").resolve(preset, num_experts=num_experts)
-    experts = (0,) * 12 + (1,) * 38 if num_experts == 2 else None
+    model = ModelSizes.published(preset.model)
+    assert model is not None
+    asked = settle_rules(GenerationRequest(prompt="x").resolve(preset, num_experts=model.num_experts), 1)
     claims = re.findall(r"(\d+) GPUs? with (\d+) GB", preset.hardware)
     assert len(claims) >= 2
 
     def fits(ranks: int, has_spare: bool, bytes_per_device: int) -> bool:
-        layers = [len(stage) for stage in split_layers(config["num_layers"], ranks)]
-        plan = memory_plan(
-            workload_of(asked, config, layers, experts=experts), height=preset.height, width=preset.width, dtype=preset.dtype,
-            num_experts=num_experts, codec_rank=None if has_spare else ranks - 1,
+        placement = Placement(
+            layers=tuple(len(stage) for stage in split_layers(model.config["num_layers"], ranks)), dtype=preset.dtype,
+            vae_dtype=preset.vae_dtype, codec_rank=None if has_spare else ranks - 1, bytes_per_device=bytes_per_device,
+            text_encoder="auto",
         )  # fmt: skip
-        return plan.refusal(bytes_per_device) is None and plan.codec <= bytes_per_device
+        return plan_job(asked, model, settle_text_encoder(asked, model, placement)).refusal is None
 
     for number, gigabytes in ((int(number), int(size)) for number, size in claims):
         shared, spare = fits(number, False, gigabytes * 10**9), number > 1 and fits(number - 1, True, gigabytes * 10**9)

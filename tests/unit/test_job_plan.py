@@ -21,6 +21,7 @@ from dualparal.core.job_plan import (
     balanced_layers,
     experts_by_step,
     plan_job,
+    settle_text_encoder,
 )
 from dualparal.core.proposals import propose
 from dualparal.core.rules import settle_rules
@@ -184,6 +185,36 @@ def test_the_engine_refuses_before_anything_starts(tiny: Path, tmp_path: Path, m
     assert not any(tmp_path.iterdir())
 
 
+def test_where_the_text_encoder_goes_by_itself() -> None:
+    request, model, placement = case("wan2.1-1.3b-480p", 1, 24)
+
+    def settled(**changes: Any) -> str:
+        return settle_text_encoder(request, model, replace(placement, **{"text_encoder": "auto", **changes})).text_encoder
+
+    assert settled() == "cpu"
+    assert settled(bytes_per_device=40 * GB) == settled(bytes_per_device=None) == "keep"
+    on_cpu = {"on_gpu": False, "codec_rank": None, "dtype": "float32"}
+    assert settled(**on_cpu) == "free" and settled(**on_cpu, bytes_per_device=99 * GB) == "keep"
+    for given in ("keep", "free", "cpu"):
+        assert settled(text_encoder=given) == given
+    assert plan_job(request, model, replace(placement, text_encoder="cpu")).refusal is None, "1.3B on one card of 24 GB"
+
+
+def test_an_engine_settles_it_once(tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """By the preset's own video, not by what is asked later."""
+    caplog.set_level("INFO")
+    for room, place in ((None, "keep"), (10**12, "keep"), (10**6, "free")):
+        monkeypatch.setattr(engine, "bytes_per_device", lambda device, room=room: room)
+        made = Engine(str(tiny))
+        assert made.text_encoder == made._options.text_encoder == place
+        assert all(replica.options.text_encoder == place for replica in made.replicas)
+        small = GenerationRequest(prompt="x", latents_num=1, height=32, width=32)
+        assert made.plan(small).placement.text_encoder == place
+        assert caplog.messages.pop() == f"text_encoder=auto: {place}"
+    with pytest.raises(RequestError, match="use auto, keep, free, cpu"):
+        Engine(str(tiny), text_encoder="gpu")
+
+
 def test_the_engines_plan(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUALPARAL_CACHE", str(tmp_path))
     made = Engine(str(tiny), ranks=2, layer_split=[3, 1], text_encoder="free", vae_dtype="bf16")
@@ -233,7 +264,7 @@ def test_memory_of_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--preset", "wan2.1-14b-720p", "--gpus", "4", "--gpu-memory", "24", "--flops", "200"]) == 1
     out = capsys.readouterr().out
-    assert "It does not fit: rank 3 needs" in out and "It would fit with:\n  --text_encoder cpu" in out
+    assert "It does not fit: rank 3 needs" in out and "the text encoder waits in host memory" in out
     assert (
         main(["plan", "--preset", "wan2.1-14b-480p", "--gpus", "8", "--gpu-memory", "48", "--layer_split", "6,6,6,6,6,5,5"])
         == 0
