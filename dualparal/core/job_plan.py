@@ -6,7 +6,7 @@ One answer for the `plan` command, the page's estimate and the engine's refusal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -65,13 +65,15 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class JobPlan:
-    """The needs of one resolved request on one placement; times are None without a `speed`."""
+    """The needs of one resolved request on one placement; times are None without a `speed`. `way_out`: flags with which it
+    would fit, where it does not and somebody has looked for them."""
 
     request: GenerationRequest
     placement: Placement
     workload: Workload
     memory: MemoryPlan
     speed: Speed | None = None
+    way_out: str | None = None
 
     @property
     def bytes_per_rank(self) -> int:
@@ -87,6 +89,11 @@ class JobPlan:
     @property
     def refusal(self) -> str | None:
         """One sentence with the numbers when it does not fit, None when it does or the memory is not known."""
+        sentence = self._shortage
+        return sentence if sentence is None or self.way_out is None else f"{sentence}; it would fit with {self.way_out}"
+
+    @property
+    def _shortage(self) -> str | None:
         have = self.placement.bytes_per_device
         if have is None:
             return None
@@ -223,22 +230,27 @@ def settle_text_encoder(request: GenerationRequest, model: ModelSizes, placement
 
 def balanced_layers(request: GenerationRequest, model: ModelSizes, placement: Placement) -> tuple[int, ...]:
     """The layer split whose fullest rank needs least: layers move from the fullest rank to the emptiest while it helps."""
-    plan = plan_job(request, model, placement, is_short=True)
+    return balanced(plan_job(request, model, placement, is_short=True), model).placement.layers
+
+
+def balanced(plan: JobPlan, model: ModelSizes) -> JobPlan:
+    """`plan` with the layers of `balanced_layers`."""
     while True:
         totals = [rank.total for rank in plan.memory.ranks]
         full, empty = totals.index(max(totals)), totals.index(min(totals))
         layers = list(plan.placement.layers)
         if full == empty or layers[full] == 1:
-            return plan.placement.layers
+            return plan
         layers[full] -= 1
         layers[empty] += 1
-        moved = _with_layers(plan, model, layers)
-        if moved.bytes_per_rank >= plan.bytes_per_rank:
-            return plan.placement.layers
-        plan = moved
+        better = moved(plan, model, replace(plan.placement, layers=tuple(layers)))
+        if better.bytes_per_rank >= plan.bytes_per_rank:
+            return plan
+        plan = better
 
 
-def _with_layers(plan: JobPlan, model: ModelSizes, layers: Sequence[int]) -> JobPlan:
-    placement, workload = replace(plan.placement, layers=tuple(layers)), replace(plan.workload, layers=tuple(layers))
+def moved(plan: JobPlan, model: ModelSizes, placement: Placement) -> JobPlan:
+    """`plan` on another placement: the same request and schedule, which is the costly part."""
+    workload = replace(plan.workload, layers=placement.layers)
     memory = _memory(workload, plan.request, model, placement)
     return replace(plan, placement=placement, workload=workload, memory=memory)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dualparal.core.job_plan import JobPlan, Placement, plan_job, settle_text_encoder
+from dualparal.core.proposals import first_proposal
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.errors import DualParalError, EngineError, RequestError
@@ -271,7 +272,10 @@ class Engine:
         """
         device = "cuda" if self._placement.on_gpu else "cpu"
         speed = load_speed(device, self.dtype, DiTSizes.of(self._sizes.config).dim)
-        return plan_job(self.resolve(request), self._sizes, self._placement, speed=speed, is_short=is_short)
+        plan = plan_job(self.resolve(request), self._sizes, self._placement, speed=speed, is_short=is_short)
+        if plan.refusal is not None and (way := first_proposal(plan.request, self._sizes, self._placement)) is not None:
+            plan = dataclasses.replace(plan, way_out=way.flags)
+        return plan
 
     def _settle_text_encoder(self) -> str:
         """Settle `text_encoder="auto"`, for the preset's own video; kept in the placement, and said in the log."""
