@@ -24,7 +24,7 @@ from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetEr
 from dualparal.events import Finished
 from dualparal.presets import find_preset, load_presets
 from dualparal.request import CONTEXTS, SCHEDULES, GenerationRequest
-from dualparal.runtime.engine_options import layer_counts
+from dualparal.runtime.engine_options import TEXT_ENCODER_PLACES, layer_counts
 from dualparal.runtime.journal import check_job_id, find_job, list_jobs, new_job_id, outputs_folder
 from dualparal.runtime.logs import set_up_logs
 from dualparal.runtime.torchrun import find_team
@@ -161,7 +161,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--compile", action="store_true", help="run layers through torch.compile")
     add_low_memory_flags(engine.add_argument)
     engine.add_argument("--vae_dtype", help="dtype of the VAE (default: the preset's)")
-    engine.add_argument("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
+    engine.add_argument("--text_encoder", choices=TEXT_ENCODER_PLACES, default="auto", help="where it is after encoding")
     engine.add_argument(
         "--lora", action="append", default=[], metavar="PATH[:SCALE]", help="file, folder or hub id of a LoRA; repeatable"
     )
@@ -214,7 +214,7 @@ def _baseline(engine: Any, request: GenerationRequest, job_id: str, options: arg
     try:
         with _sigterm_as_ctrl_c():
             result = run_baseline_job(
-                engine, request, job_id, device=options.device, text_encoder=options.text_encoder,
+                engine, request, job_id, device=options.device, text_encoder=engine.text_encoder,
                 export_images=options.export_image,
             )  # fmt: skip
     except JobCancelled as stop:

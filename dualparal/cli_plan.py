@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dualparal.core.estimate import format_plan, gigabytes
-from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, plan_job
-from dualparal.core.proposals import propose
+from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, plan_job, settle_text_encoder
+from dualparal.core.proposals import Proposal, changes_in_words, propose
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.errors import RequestError
@@ -22,7 +22,7 @@ from dualparal.presets import Preset, find_preset, load_presets
 from dualparal.request import GenerationRequest
 from dualparal.runtime.calibration import load_speed, store_speed
 from dualparal.runtime.devices import bytes_per_device, count_gpus
-from dualparal.runtime.engine_options import QUANTIZATIONS, check_offload, dtype_name, layer_counts
+from dualparal.runtime.engine_options import QUANTIZATIONS, TEXT_ENCODER_PLACES, check_offload, dtype_name, layer_counts
 
 
 def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Callable[..., None]) -> None:
@@ -41,7 +41,7 @@ def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Ca
     devices.add_argument("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
     add_low_memory_flags(devices.add_argument)
     devices.add_argument("--vae_dtype", help="dtype of the VAE (default: the preset's)")
-    devices.add_argument("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
+    devices.add_argument("--text_encoder", choices=TEXT_ENCODER_PLACES, default="auto", help="where it is after encoding")
     speed = parser.add_argument_group("the times")
     speed.add_argument("--flops", type=float, metavar="TFLOPS", help="10^12 FLOP/s of one device, instead of a calibration")
     speed.add_argument("--calibrate", action="store_true", help="measure this host's device first, and remember it")
@@ -63,7 +63,11 @@ def run_plan(options: argparse.Namespace) -> int:
     placement = _placement(options, preset, model)
     given = {field: getattr(options, field) for field in GenerationRequest.model_fields}
     asked = GenerationRequest(**{**{k: v for k, v in given.items() if v is not None}, "prompt": options.prompt or ""})
-    request = settle_rules(asked.resolve(preset, num_experts=model.num_experts), len(placement.layers))
+    request, usual = (
+        settle_rules(wanted.resolve(preset, num_experts=model.num_experts), len(placement.layers))
+        for wanted in (asked, GenerationRequest(prompt=""))
+    )
+    placement = settle_text_encoder(usual, model, placement)  # as an engine does
     speed, source = _speed(options, request, model, placement)
     plan = plan_job(request, model, placement, speed=speed)
     print(describe(plan, source))
@@ -72,10 +76,23 @@ def run_plan(options: argparse.Namespace) -> int:
     print(f"\nIt does not fit: {plan.refusal}.")
     proposals = propose(request, model, placement, speed)
     way_out = "use more or larger GPUs" if placement.on_gpu else "use --dtype bfloat16, a smaller picture, or GPUs"
-    print("It would fit with:" if proposals else f"No split or block size makes it fit: {way_out}.")
+    if not proposals:
+        print(f"No place of the parts, option or block size makes it fit: {way_out}.")
+        return 1
+    print("It would fit with any of these, the least change of the video first:")
     for proposal in proposals:
-        print(f"  {proposal.flags}: {gigabytes(proposal.plan.bytes_per_rank)} a GPU{_compared(proposal.plan, plan)}")
+        print("\n" + describe_proposal(proposal, plan))
     return 1
+
+
+def describe_proposal(proposal: Proposal, asked: JobPlan) -> str:
+    """A proposal as text: the flags, then bytes, times and what changes, one line each."""
+    plan, memory = proposal.plan, proposal.plan.memory
+    needs = f"{', '.join(f'{rank.total / 1e9:.1f}' for rank in memory.ranks)} GB on the ranks"
+    if plan.placement.on_gpu and plan.placement.codec_rank is None:
+        needs += f", {gigabytes(memory.codec)} for the codec"
+    lines = [needs if plan.placement.on_gpu else f"{gigabytes(plan.bytes_in_all)} together", *_times(plan, asked)]
+    return "\n".join([f"  {proposal.flags}", *(f"      {line}" for line in (*lines, *changes_in_words(asked, plan)))])
 
 
 def describe(plan: JobPlan, speed_source: str) -> str:
@@ -98,10 +115,9 @@ def describe(plan: JobPlan, speed_source: str) -> str:
     ]
     if not placement.on_gpu:
         lines.append(f"This host runs it all: {gigabytes(plan.bytes_in_all)} together.")
-    if placement.bytes_per_device is not None:
-        fit = "fits" if plan.refusal is None else "does not fit"
+    if placement.bytes_per_device is not None and plan.refusal is None:
         of = "of each GPU" if placement.on_gpu else "of this host"
-        lines.append(f"It {fit} the {gigabytes(placement.bytes_per_device)} {of}.")
+        lines.append(f"It fits the {gigabytes(placement.bytes_per_device)} {of}.")
     if plan.forecast is None or plan.sweep_s is None or plan.first_frames_s is None or plan.total_s is None:
         return "\n".join([*lines, "", f"Work: {plan.workload.total_flops():.3g} FLOPs; {speed_source}."])
     busy = ", ".join(f"{share:.0%}" for share in plan.forecast.busy)
@@ -125,10 +141,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _compared(plan: JobPlan, asked: JobPlan) -> str:
-    if plan.total_s is not None and plan.first_frames_s is not None:
-        return f", first frames after {duration(plan.first_frames_s)}, all after {duration(plan.total_s)}"
-    return f", {plan.workload.total_flops() / asked.workload.total_flops():.0%} of the work"
+def _times(plan: JobPlan, asked: JobPlan) -> list[str]:
+    share = f"{plan.workload.total_flops() / asked.workload.total_flops():.0%} of the work"
+    if plan.total_s is None or plan.first_frames_s is None or plan.sweep_s is None:
+        return [share]
+    frames = f"first frames after {duration(plan.first_frames_s)}, all after {duration(plan.total_s)}"
+    return [f"a sweep up to {duration(plan.sweep_s)}, {frames}; {share}"]
 
 
 def _placement(options: argparse.Namespace, preset: Preset, model: ModelSizes) -> Placement:
@@ -176,7 +194,10 @@ def _speed(
         speed = _calibrate(request, model, placement, device)
         print(f"kept in {store_speed(device, placement.dtype, sizes.dim, speed)}", file=sys.stderr, flush=True)
     if speed is None:
-        return None, "for times add --calibrate on the machine itself, or --flops"
+        return None, (
+            "for times add --calibrate on the machine itself (it measures one layer and the VAE, and remembers), or say with "
+            "--flops how many TFLOP/s one GPU does"
+        )
     return speed, f"{speed.flops_per_s / 1e12:.3g} TFLOP/s as measured on this host's {device}"
 
 

@@ -19,7 +19,9 @@ from dualparal.request import GenerationRequest
 
 GPU_RUNTIME_BYTES = 10**9  # CUDA context, library workspaces, allocator slack: the same on every card
 SAMPLER_COPIES = 6  # a block in flight on rank 0: latents, two past predictions, last sample, and the step's own two
-VAE_BYTES_PER_PIXEL = 53 * 96 * 4  # peak of a streamed float32 decode of the Wan VAE (base_dim 96), measured on its graph
+# Peak of a streamed decode of the Wan VAE (base_dim 96), by its dtype: a test measures the graph. In half precision a little
+# more than half of float32's, for norms and upsampling work in float32.
+VAE_BYTES_PER_PIXEL = {"float32": 53 * 96 * 4, "bfloat16": 55 * 96 * 2, "float16": 55 * 96 * 2}
 FRAME_BYTES_PER_PIXEL = 3 * (4 + 4 + 4 + 1)  # decoded frames of a block: pieces, joined, clamped; then uint8
 
 
@@ -86,14 +88,13 @@ def workload_of(
     sizes = DiTSizes.of(config)
     if sum(layers) != sizes.num_layers:
         raise ValueError(f"{list(layers)} layers do not add up to the model's {sizes.num_layers}")
-    scales = (request.guidance_scale, request.guidance_scale_2 if experts and any(experts) else None)
     plan = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat)
     return Workload(
         sizes=sizes,
         schedule=make_schedule(rules or Rules(), plan, experts or (0,) * request.num_inference_steps),
         layers=tuple(layers),
         tokens_per_frame=sizes.tokens_per_frame(request.height, request.width),
-        num_halves=2 if any(scale is not None and scale > 1 for scale in scales) else 1,
+        num_halves=2 if request.guidance_scale > 1 else 1,  # for both experts, as diffusers has it
         text_tokens=text_tokens,
     )
 
@@ -108,6 +109,7 @@ def memory_plan(
     codec_rank: int | None = None,
     text_encoder_bytes: int | None = None,
     vae_bytes: int | None = None,
+    vae_dtype: str = "float32",
     num_texts: int = 1,
     on_gpu: bool = True,
     quantization: str | None = None,
@@ -116,8 +118,9 @@ def memory_plan(
     """The memory of every rank for `workload` at `height` x `width` pixels.
 
     `codec_rank`: the rank whose device the codec shares, None when it has its own. `text_encoder_bytes` and `vae_bytes`
-    default to UMT5-XXL in `dtype` and Wan's VAE in float32. `num_texts`: different prompts in one job. `quantization`: fp8 or
-    int8. `is_offloaded`: layers wait in host memory, two at a time are on the device.
+    default to UMT5-XXL in `dtype` and Wan's VAE in `vae_dtype`, which also decides the room that decoding takes. `num_texts`:
+    different prompts in one job. `quantization`: fp8 or int8. `is_offloaded`: layers wait in host memory, two at a time are on
+    the device.
     """
     sizes, schedule, width_bytes = workload.sizes, workload.schedule, DTYPE_BYTES[dtype]
     ends = [sum(workload.layers[: rank + 1]) for rank in range(len(workload.layers))]
@@ -127,7 +130,7 @@ def memory_plan(
     unpacked = _unpacked_bytes(sizes, width_bytes, quantization)
     peak = max(_layer_peak(workload, item, width_bytes, unpacked) for item in _distinct(workload))
     message = max(_hidden_bytes(workload, item, width_bytes) for item in _distinct(workload))
-    codec = codec_bytes(schedule, height, width, dtype, text_encoder_bytes, vae_bytes)
+    codec = codec_bytes(schedule, height, width, dtype, text_encoder_bytes, vae_bytes, vae_dtype)
     ranks = tuple(
         RankMemory(
             weights=_weights_bytes(sizes, stage, dtype, quantization, num_experts, is_offloaded),
@@ -184,13 +187,19 @@ def most_cached_frames(workload: Workload) -> int:
 
 
 def codec_bytes(
-    schedule: Schedule, height: int, width: int, dtype: str, text_encoder_bytes: int | None = None, vae_bytes: int | None = None
+    schedule: Schedule,
+    height: int,
+    width: int,
+    dtype: str,
+    text_encoder_bytes: int | None = None,
+    vae_bytes: int | None = None,
+    vae_dtype: str = "float32",
 ) -> int:
-    """Text encoder, VAE, and the decoding of the longest block."""
+    """Text encoder, VAE, and the decoding of the longest block in `vae_dtype`."""
     text = umt5_parameters() * DTYPE_BYTES[dtype] if text_encoder_bytes is None else text_encoder_bytes
-    vae = VAE_PARAMETERS * 4 if vae_bytes is None else vae_bytes
+    vae = VAE_PARAMETERS * DTYPE_BYTES[vae_dtype] if vae_bytes is None else vae_bytes
     num_frames = max(len(schedule.plan.frames(block)) for block in range(schedule.plan.num_blocks))
-    return text + vae + height * width * (VAE_BYTES_PER_PIXEL + FRAME_BYTES_PER_PIXEL * num_frames)
+    return text + vae + height * width * (VAE_BYTES_PER_PIXEL[vae_dtype] + FRAME_BYTES_PER_PIXEL * num_frames)
 
 
 def format_plan(plan: MemoryPlan) -> str:

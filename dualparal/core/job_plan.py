@@ -6,7 +6,7 @@ One answer for the `plan` command, the page's estimate and the engine's refusal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -40,8 +40,8 @@ class Placement:
     """Which part runs where: `layers[r]` layers on rank r, each rank on a GPU of its own or all on this host's CPU.
 
     `codec_rank`: the rank whose GPU the codec shares, None for a GPU of its own. `bytes_per_device`: of each GPU, or of the
-    host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised). `quantization`: None,
-    fp8 or int8. `is_offloaded`: layers wait in host memory.
+    host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised), or auto until
+    `settle_text_encoder`. `quantization`: None, fp8 or int8. `is_offloaded`: layers wait in host memory.
     """
 
     layers: tuple[int, ...]
@@ -65,13 +65,15 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class JobPlan:
-    """The needs of one resolved request on one placement; times are None without a `speed`."""
+    """The needs of one resolved request on one placement; times are None without a `speed`. `way_out`: flags with which it
+    would fit, where it does not and somebody has looked for them."""
 
     request: GenerationRequest
     placement: Placement
     workload: Workload
     memory: MemoryPlan
     speed: Speed | None = None
+    way_out: str | None = None
 
     @property
     def bytes_per_rank(self) -> int:
@@ -87,6 +89,11 @@ class JobPlan:
     @property
     def refusal(self) -> str | None:
         """One sentence with the numbers when it does not fit, None when it does or the memory is not known."""
+        sentence = self._shortage
+        return sentence if sentence is None or self.way_out is None else f"{sentence}; it would fit with {self.way_out}"
+
+    @property
+    def _shortage(self) -> str | None:
         have = self.placement.bytes_per_device
         if have is None:
             return None
@@ -177,8 +184,9 @@ def _memory(workload: Workload, request: GenerationRequest, model: ModelSizes, p
     vae_bytes = model.vae_parameters * DTYPE_BYTES[placement.vae_dtype]
     plan = memory_plan(
         workload, height=request.height, width=request.width, dtype=placement.dtype, num_experts=model.num_experts,
-        codec_rank=placement.codec_rank, text_encoder_bytes=0, vae_bytes=vae_bytes, on_gpu=placement.on_gpu,
-        quantization=placement.quantization, is_offloaded=placement.is_offloaded,
+        codec_rank=placement.codec_rank, text_encoder_bytes=0, vae_bytes=vae_bytes,
+        vae_dtype=placement.vae_dtype, on_gpu=placement.on_gpu, quantization=placement.quantization,
+        is_offloaded=placement.is_offloaded,
     )  # fmt: skip
     # Encoding and decoding never happen at once: a text encoder that leaves the device makes room for the decoder's work.
     is_kept = placement.text_encoder == "keep" or (not placement.on_gpu and placement.text_encoder == "cpu")
@@ -209,24 +217,40 @@ def experts_by_step(request: GenerationRequest, num_train_timesteps: int = 1000)
     return tuple(found)
 
 
+def settle_text_encoder(request: GenerationRequest, model: ModelSizes, placement: Placement) -> Placement:
+    """`placement` with `text_encoder` "auto" settled: keep where `request` fits beside it or the memory is not known, else
+    away from its device, in host memory (GPUs) or dropped (CPU). Engines ask with the preset's own request."""
+    if placement.text_encoder != "auto":
+        return placement
+    kept = replace(placement, text_encoder="keep")
+    if plan_job(request, model, kept, is_short=True).refusal is None:
+        return kept
+    return replace(placement, text_encoder="cpu" if placement.on_gpu else "free")
+
+
 def balanced_layers(request: GenerationRequest, model: ModelSizes, placement: Placement) -> tuple[int, ...]:
     """The layer split whose fullest rank needs least: layers move from the fullest rank to the emptiest while it helps."""
-    plan = plan_job(request, model, placement, is_short=True)
+    return balanced(plan_job(request, model, placement, is_short=True), model).placement.layers
+
+
+def balanced(plan: JobPlan, model: ModelSizes) -> JobPlan:
+    """`plan` with the layers of `balanced_layers`."""
     while True:
         totals = [rank.total for rank in plan.memory.ranks]
         full, empty = totals.index(max(totals)), totals.index(min(totals))
         layers = list(plan.placement.layers)
         if full == empty or layers[full] == 1:
-            return plan.placement.layers
+            return plan
         layers[full] -= 1
         layers[empty] += 1
-        moved = _with_layers(plan, model, layers)
-        if moved.bytes_per_rank >= plan.bytes_per_rank:
-            return plan.placement.layers
-        plan = moved
+        better = moved(plan, model, replace(plan.placement, layers=tuple(layers)))
+        if better.bytes_per_rank >= plan.bytes_per_rank:
+            return plan
+        plan = better
 
 
-def _with_layers(plan: JobPlan, model: ModelSizes, layers: Sequence[int]) -> JobPlan:
-    placement, workload = replace(plan.placement, layers=tuple(layers)), replace(plan.workload, layers=tuple(layers))
+def moved(plan: JobPlan, model: ModelSizes, placement: Placement) -> JobPlan:
+    """`plan` on another placement: the same request and schedule, which is the costly part."""
+    workload = replace(plan.workload, layers=placement.layers)
     memory = _memory(workload, plan.request, model, placement)
     return replace(plan, placement=placement, workload=workload, memory=memory)

@@ -11,15 +11,14 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dualparal.errors import RequestError
-
-CPU_BACKENDS = ("native", "_native_math", "flex")
+from dualparal.model.attention_backends import CPU_BACKENDS
 
 
 def use_attention(model: WanTransformer3DModel, name: str, device: torch.device) -> None:
     """Let every layer of `model` attend through a backend of diffusers' dispatcher.
 
     The processors must be set. Raises `RequestError` for a name that diffusers does not know, a package that is not installed,
-    and kernels that `device` cannot run.
+    and kernels that `device` cannot run: the front end has asked `check_attention`, the last word is diffusers'.
     """
     known = sorted(backend.value for backend in AttentionBackendName if not backend.value.startswith("_"))
     if name.lower() not in {backend.value for backend in AttentionBackendName}:

@@ -19,6 +19,11 @@ def count_gpus() -> int:
     return len(list(driver.iterdir())) if driver.is_dir() else 0
 
 
+def is_on_gpu(device: str) -> bool:
+    """Whether `device` "auto", "cpu" or "cuda" means GPUs on this host."""
+    return device != "cpu" and count_gpus() > 0
+
+
 def place(device: str, ranks: int, replica: int = 0, replicas: int = 1) -> tuple[tuple[str, ...], str]:
     """(device of each rank, device of the codec) for `device` "auto", "cpu" or "cuda", of one of several replicas.
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dualparal.core.job_plan import JobPlan, Placement, plan_job
+from dualparal.core.job_plan import JobPlan, Placement, plan_job, settle_text_encoder
+from dualparal.core.proposals import first_proposal
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.errors import DualParalError, EngineError, RequestError
 from dualparal.events import Finished
+from dualparal.model.attention_backends import check_attention
 from dualparal.model.known import sizes_of
 from dualparal.model.layout import split_layers
 from dualparal.model.lora_source import find_loras
@@ -30,7 +32,7 @@ from dualparal.request import GenerationRequest
 from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, make_baseline_folder
 from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
-from dualparal.runtime.devices import bytes_per_device, place, place_hosts
+from dualparal.runtime.devices import bytes_per_device, is_on_gpu, place, place_hosts
 from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.engine_options import check_offload, check_quantization, check_text_encoder, dtype_name
 from dualparal.runtime.gate import Gate
@@ -86,7 +88,7 @@ class Engine:
         quantization: str | None = None,
         offload: bool = False,
         vae_dtype: str | None = None,
-        text_encoder: str = "keep",
+        text_encoder: str = "auto",
         loras: Sequence[str] = (),
         team: Team | None = None,
     ) -> None:
@@ -98,8 +100,9 @@ class Engine:
         `timeout_s` is the longest wait for another rank within a job; `attention` a backend of diffusers' dispatcher (native,
         flash, sage, ...); `compile` runs layers through torch.compile; `quantization` fp8 or int8: 8-bit weights; `offload`:
         layers wait in host memory and come to the GPU one by one; `vae_dtype` of the VAE (default: the preset's);
-        `text_encoder` keep, free or cpu: where it is after encoding; `loras` "file, folder or hub id[:scale]". The last ones
-        but `offload` and `text_encoder` change the numbers. Raises `RequestError`, `PresetError`, `CheckpointError`.
+        `text_encoder` keep, free or cpu: where it is after encoding (auto: keep where the preset's video fits beside it, else
+        cpu on GPUs and free on the CPU); `loras` "file, folder or hub id[:scale]". The last ones but `offload` and
+        `text_encoder` change the numbers. Raises `RequestError`, `PresetError`, `CheckpointError`.
 
         Serving many: `replicas` worker groups take jobs from one queue; `auto_resume`: a job whose worker died goes on by
         itself, once; at most `max_queue` jobs wait, `max_per_owner` of one owner wait and run; videos of ended jobs are
@@ -107,6 +110,8 @@ class Engine:
         `log_json`: workers log one JSON object a line. `team`: one pipeline over torchrun's processes (`torchrun.find_team`),
         each a rank; only the first may be started, the others `host`.
         """
+        check_quantization(quantization)  # both before a download
+        check_attention(attention, on_gpu=is_on_gpu(device))
         self.preset, self.checkpoint = find_model(str(model), preset)
         self.num_experts = self.checkpoint.num_experts
         ranks = settle_ranks(team, ranks, replicas)
@@ -146,6 +151,7 @@ class Engine:
         )  # fmt: skip
         self._admit = admit
         self._storage = Storage(self.outputs, max_disk_bytes)
+        self._options = dataclasses.replace(self._options, text_encoder=self._settle_text_encoder())
         self.desk = Dispatcher(
             JobQueue(max_jobs=max_queue, max_per_owner=max_per_owner),
             auto_resume=auto_resume,
@@ -156,7 +162,7 @@ class Engine:
             for n, (own, codec) in enumerate(places)
         )  # each with its own `state`, `workers` and `error`
         self.desk.replicas = self.replicas
-        self._baselines = BaselineLane(devices[0], text_encoder, is_idle=lambda: not self.desk.jobs())
+        self._baselines = BaselineLane(devices[0], self.text_encoder, is_idle=lambda: not self.desk.jobs())
         self._is_started = False
 
     @property
@@ -185,6 +191,11 @@ class Engine:
     def threads(self) -> int:
         """CPU threads of each process."""
         return self._options.threads
+
+    @property
+    def text_encoder(self) -> str:
+        """Where the text encoder is after encoding: keep, free or cpu."""
+        return self._placement.text_encoder
 
     # Life
 
@@ -261,7 +272,18 @@ class Engine:
         """
         device = "cuda" if self._placement.on_gpu else "cpu"
         speed = load_speed(device, self.dtype, DiTSizes.of(self._sizes.config).dim)
-        return plan_job(self.resolve(request), self._sizes, self._placement, speed=speed, is_short=is_short)
+        plan = plan_job(self.resolve(request), self._sizes, self._placement, speed=speed, is_short=is_short)
+        if plan.refusal is not None and (way := first_proposal(plan.request, self._sizes, self._placement)) is not None:
+            plan = dataclasses.replace(plan, way_out=way.flags)
+        return plan
+
+    def _settle_text_encoder(self) -> str:
+        """Settle `text_encoder="auto"`, for the preset's own video; kept in the placement, and said in the log."""
+        asked = self._placement.text_encoder
+        self._placement = settle_text_encoder(self.resolve(GenerationRequest(prompt="")), self._sizes, self._placement)
+        if asked != self.text_encoder:
+            log.info("text_encoder=%s: %s", asked, self.text_encoder)
+        return self.text_encoder
 
     def submit(
         self,
@@ -296,6 +318,7 @@ class Engine:
             folder = JobFolder.create(
                 self.outputs, job_id, resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
                 owner=owner, ranks=self.ranks, dtype=self.dtype, threads=self._options.threads, export_images=export_images,
+                text_encoder=self.text_encoder,
                 has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)), **self.changes(),
             )  # fmt: skip
             run = RunJob(folder.job_id, resolved, str(folder.path), return_latents, export_images, noise, cond, uncond)

@@ -10,7 +10,7 @@ DTYPE_NAMES = {
     "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
     "fp16": "float16", "half": "float16",
 }  # fmt: skip
-TEXT_ENCODER_PLACES = ("keep", "free", "cpu")
+TEXT_ENCODER_PLACES = ("auto", "keep", "free", "cpu")
 QUANTIZATIONS = ("fp8", "int8")
 
 
@@ -23,7 +23,8 @@ def dtype_name(given: object, default: str, field: str) -> str:
 
 
 def check_text_encoder(place: str) -> str:
-    """`place` itself: keep (on its device), free (dropped after encoding), cpu (waits in host memory)."""
+    """`place` itself: keep (on its device), free (dropped after encoding), cpu (waits in host memory), auto (keep where it
+    fits, `job_plan.settle_text_encoder`)."""
     if place not in TEXT_ENCODER_PLACES:
         raise RequestError(f"text_encoder={place!r} is not known; use {', '.join(TEXT_ENCODER_PLACES)}", "text_encoder")
     return place
@@ -34,7 +35,7 @@ def check_quantization(name: str | None) -> str | None:
     if name is not None and name not in QUANTIZATIONS:
         raise RequestError(f"quantization={name!r} is not known; use {' or '.join(QUANTIZATIONS)}", "quantization")
     if name == "int8" and importlib.util.find_spec("torchao") is None:
-        raise RequestError("quantization=int8 needs the package torchao; install it, or use fp8", "quantization")
+        raise RequestError("quantization=int8 needs the package torchao (pip install torchao); or use fp8", "quantization")
     return name
 
 

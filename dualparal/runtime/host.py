@@ -39,8 +39,11 @@ from dualparal.runtime.torchrun import NOTICE_TIMEOUT_S, Team, end_with_the_agen
 log = logging.getLogger(__name__)
 DIALS_PER_NOTICE = 5  # before the store is asked whether the front end has moved
 PAUSE_S = 1.0
-OWN_FIELDS = ("folder", "loras", "text_cache", "devices", "codec_device", "threads", "verbose", "log_json", "clock_ahead_s",
-              "gate_address")  # fmt: skip
+# `text_encoder`: it is on the first host only, whose memory says where "auto" puts it.
+OWN_FIELDS = (
+    "folder", "loras", "text_cache", "devices", "codec_device", "text_encoder", "threads", "verbose", "log_json",
+    "clock_ahead_s", "gate_address",
+)  # fmt: skip
 
 
 def host_rank(team: Team, options: WorkerOptions) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualparal.core.estimate import gigabytes
-from dualparal.core.job_plan import ModelSizes, Placement, plan_job
+from dualparal.core.job_plan import ModelSizes, Placement, plan_job, settle_text_encoder
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.model.layout import split_layers
@@ -83,7 +83,8 @@ def download_bytes(sizes: ModelSizes) -> int:
 
 
 def _ranks_that_fit(preset: Preset, sizes: ModelSizes, num_gpus: int, bytes_per_gpu: int) -> int | None:
-    """As many ranks as there are cards, or one card less to leave the codec its own; None when neither fits."""
+    """As many ranks as there are cards, or one card less to leave the codec its own; None when neither fits. The text encoder
+    is where an engine would have it by itself."""
     num_layers = DiTSizes.of(sizes.config).num_layers
     request = GenerationRequest(prompt="").resolve(preset, num_experts=sizes.num_experts)
     most = min(num_gpus, MAX_RANKS, num_layers)
@@ -91,7 +92,9 @@ def _ranks_that_fit(preset: Preset, sizes: ModelSizes, num_gpus: int, bytes_per_
         placement = Placement(
             layers=tuple(len(stage) for stage in split_layers(num_layers, ranks)), dtype=preset.dtype,
             vae_dtype=preset.vae_dtype, codec_rank=ranks - 1 if ranks == num_gpus else None, bytes_per_device=bytes_per_gpu,
+            text_encoder="auto",
         )  # fmt: skip
-        if plan_job(settle_rules(request, ranks), sizes, placement).refusal is None:
+        asked = settle_rules(request, ranks)
+        if plan_job(asked, sizes, settle_text_encoder(asked, sizes, placement), is_short=True).refusal is None:
             return ranks
     return None

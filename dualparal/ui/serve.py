@@ -29,6 +29,7 @@ from dualparal.errors import DualParalError
 from dualparal.model.source import POCKET_WEIGHTS
 from dualparal.presets import PACKAGE, Limits, Preset, find_preset, load_presets
 from dualparal.runtime.devices import place
+from dualparal.runtime.engine_options import TEXT_ENCODER_PLACES
 from dualparal.runtime.journal import outputs_folder
 from dualparal.runtime.metrics import metrics_text
 from dualparal.runtime.torchrun import find_team
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     engine("--attention", metavar="NAME", help="attention backend of diffusers: native, flash, sage, ...")
     engine("--compile", action="store_true", help="run layers through torch.compile")
     add_low_memory_flags(engine)
-    engine("--text_encoder", choices=("keep", "free", "cpu"), default="keep", help="where it is after encoding")
+    engine("--text_encoder", choices=TEXT_ENCODER_PLACES, default="auto", help="where it is after encoding")
     engine("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="file, folder or hub id; repeatable")
     limits = flags.add_argument_group("the limits").add_argument
     limits("--max_queue", "--max-queue", type=int, default=32, metavar="N", help="most jobs that may wait")

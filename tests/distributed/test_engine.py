@@ -171,7 +171,7 @@ def test_events_and_files(solo: Engine) -> None:
     assert events[-1].num_frames == count_frames(events[-1].path) == 45
     assert {"text_s", "denoise_s", "decode_s", "encode_s", "total_s", "first_frames_s"} <= set(events[-1].timings)
     record = json.loads((job.folder.path / "request.json").read_text())
-    assert record["request"]["latents_num"] == 12
+    assert record["request"]["latents_num"] == 12 and record["text_encoder"] == solo.text_encoder == "keep"
     stored = [json.loads(line)["event"] for line in (job.folder.path / "events.jsonl").read_text().splitlines()]
     assert stored[0] == "Queued" and stored[-1] == "Finished" and "Progress" not in stored
     assert not list(job.folder.path.glob(".*.part"))

@@ -28,7 +28,9 @@ from dualparal.core.estimate import (
     most_cached_frames,
     workload_of,
 )
+from dualparal.core.job_plan import ModelSizes, Placement, plan_job, settle_text_encoder
 from dualparal.core.plan import BlockPlan
+from dualparal.core.rules import settle_rules
 from dualparal.core.schedule import Rules, make_schedule
 from dualparal.core.sizes import (
     PUBLISHED_MODELS,
@@ -187,10 +189,12 @@ def test_micro_batches_and_no_guidance_halve_the_work() -> None:
     assert len(halves.schedule.items) == 2 * len(both.schedule.items)
 
 
-def test_second_scale_counts_for_two_experts_only() -> None:
-    asked = request(guidance_scale=1.0, guidance_scale_2=3.0)
-    assert workload_of(asked, WAN_14B, [40]).num_halves == 1
-    assert workload_of(asked, WAN_14B, [40], experts=(0,) * 10 + (1,) * 40).num_halves == 2
+def test_the_first_scale_decides_for_both_experts() -> None:
+    """As diffusers' WanPipeline and our rank 0: the unconditional half runs iff `guidance_scale` > 1."""
+    experts = (0,) * 10 + (1,) * 40
+    for first, second, halves in ((1.0, 3.0, 1), (3.0, 1.0, 2), (3.0, 3.0, 2), (1.0, 1.0, 1)):
+        asked = request(guidance_scale=first, guidance_scale_2=second)
+        assert workload_of(asked, WAN_14B, [40], experts=experts).num_halves == halves
 
 
 def test_forecast_scales_with_the_rate() -> None:
@@ -341,17 +345,19 @@ def test_switch_between_experts_needs_the_larger_window() -> None:
     assert two_plan.messages == one_plan.messages * 24 // 16
 
 
-def test_decoding_by_the_real_vae() -> None:
-    """At a small size, on fake tensors: the peak of a streamed decode."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decoding_by_the_real_vae(dtype: torch.dtype) -> None:
+    """At a small size, on fake tensors: the peak of a streamed decode, which follows the VAE's dtype."""
     height, width = 128, 192
-    with FakeTensorMode():
+    with FakeTensorMode(), default_dtype(dtype):
         vae = AutoencoderKLWan().eval().requires_grad_(False)
         assert sum(value.numel() for value in vae.parameters()) == VAE_PARAMETERS
         decoder, peak = StreamingDecoder(vae), Peak()
         with peak:
             for _ in range(3):  # the first frames fill the caches
                 decoder.decode(torch.zeros(1, 16, 1, height // 8, width // 8))
-    assert 0.97 * peak.most <= height * width * VAE_BYTES_PER_PIXEL <= 1.1 * peak.most
+    planned = height * width * VAE_BYTES_PER_PIXEL[str(dtype).removeprefix("torch.")]
+    assert peak.most <= planned <= 1.06 * peak.most
 
 
 def test_codec_bytes() -> None:
@@ -360,24 +366,26 @@ def test_codec_bytes() -> None:
     assert default / 1e9 == pytest.approx(2 * 5.68 + 0.5 + 8.1 + 1.0, abs=0.2)
     tiny = codec_bytes(schedule, 480, 832, "bfloat16", text_encoder_bytes=5, vae_bytes=7)
     assert default - tiny == 2 * umt5_parameters() + 4 * VAE_PARAMETERS - 12
+    half = codec_bytes(schedule, 480, 832, "bfloat16", vae_dtype="bfloat16")
+    assert default - half == 2 * VAE_PARAMETERS + 480 * 832 * (53 * 4 - 55 * 2) * 96
 
 
 @pytest.mark.parametrize("preset", [preset for preset in load_presets().values() if preset.model in PUBLISHED_MODELS])
 def test_hardware_lines_of_the_presets_are_true(preset: Preset) -> None:
     """Every "N GPUs with M GB" holds the preset's own request, the codec on a spare card or on the last rank's."""
-    config, num_experts = PUBLISHED_MODELS[preset.model]
-    asked = GenerationRequest(prompt="x").resolve(preset, num_experts=num_experts)
-    experts = (0,) * 12 + (1,) * 38 if num_experts == 2 else None
+    model = ModelSizes.published(preset.model)
+    assert model is not None
+    asked = settle_rules(GenerationRequest(prompt="x").resolve(preset, num_experts=model.num_experts), 1)
     claims = re.findall(r"(\d+) GPUs? with (\d+) GB", preset.hardware)
     assert len(claims) >= 2
 
     def fits(ranks: int, has_spare: bool, bytes_per_device: int) -> bool:
-        layers = [len(stage) for stage in split_layers(config["num_layers"], ranks)]
-        plan = memory_plan(
-            workload_of(asked, config, layers, experts=experts), height=preset.height, width=preset.width, dtype=preset.dtype,
-            num_experts=num_experts, codec_rank=None if has_spare else ranks - 1,
+        placement = Placement(
+            layers=tuple(len(stage) for stage in split_layers(model.config["num_layers"], ranks)), dtype=preset.dtype,
+            vae_dtype=preset.vae_dtype, codec_rank=None if has_spare else ranks - 1, bytes_per_device=bytes_per_device,
+            text_encoder="auto",
         )  # fmt: skip
-        return plan.refusal(bytes_per_device) is None and plan.codec <= bytes_per_device
+        return plan_job(asked, model, settle_text_encoder(asked, model, placement)).refusal is None
 
     for number, gigabytes in ((int(number), int(size)) for number, size in claims):
         shared, spare = fits(number, False, gigabytes * 10**9), number > 1 and fits(number - 1, True, gigabytes * 10**9)

@@ -325,6 +325,18 @@ def test_the_store_listens_where_the_gate_does(address: str, listens_on: str) ->
     until(lambda: listening() == before)
 
 
+def test_a_host_with_less_memory_is_no_other_command(
+    gate: Gate, desk: Any, started: list[tuple[FakeProcess, Connection, WorkerOptions]]
+) -> None:
+    """Where `text_encoder=auto` came to something else by its own memory: the codec is on the first host, whose word counts."""
+    worker, _, _ = desk
+    worker._options = dataclasses.replace(OPTIONS, text_encoder="free")
+    worker.call()
+    until(lambda: started)
+    assert OPTIONS.text_encoder == "keep" and started[0][2].text_encoder == "free"
+    started[0][1].close()
+
+
 def test_the_interface_of_an_address() -> None:
     assert network.interface_of("127.0.0.2") == "lo"
     assert network.interface_of("192.0.2.1") is None  # an address nobody has

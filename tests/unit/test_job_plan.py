@@ -21,8 +21,9 @@ from dualparal.core.job_plan import (
     balanced_layers,
     experts_by_step,
     plan_job,
+    settle_text_encoder,
 )
-from dualparal.core.proposals import propose
+from dualparal.core.proposals import BLOCKS, changes_in_words, first_proposal, propose
 from dualparal.core.rules import settle_rules
 from dualparal.core.sampler import SamplerFactory
 from dualparal.core.sizes import PUBLISHED_MODELS
@@ -115,8 +116,15 @@ def test_a_text_encoder_that_leaves_makes_room() -> None:
     kept, freed = (plan_job(request, model, replace(placement, text_encoder=where)).memory for where in ("keep", "cpu"))
     text, decoding = model.text_parameters * 2, kept.codec - model.text_parameters * 2 - model.vae_parameters * 4
     assert kept.codec - freed.codec == min(text, decoding)
-    half = plan_job(request, model, replace(placement, vae_dtype="bfloat16")).memory
-    assert kept.codec - half.codec == model.vae_parameters * 2
+
+
+def test_the_decode_follows_the_vaes_dtype() -> None:
+    """At 720p the weights are the least of it."""
+    request, model, placement = case("wan2.1-14b-720p")
+    full, half = (plan_job(request, model, replace(placement, vae_dtype=name)).memory for name in ("float32", "bfloat16"))
+    saved = full.codec - half.codec
+    assert saved == model.vae_parameters * 2 + 720 * 1280 * (53 * 4 - 55 * 2) * 96
+    assert 9 * GB < saved < 10 * GB
 
 
 @pytest.mark.parametrize(
@@ -132,6 +140,79 @@ def test_what_is_proposed_fits(name: str, ranks: int, gigabytes: float) -> None:
         assert sum(proposal.plan.placement.layers) == model.config["num_layers"]
         assert proposal.plan.total_s and proposal.flags.startswith("--")
     assert len({proposal.flags for proposal in found}) == len(found)
+
+
+def test_the_issues_command_is_offered_long_blocks() -> None:
+    """The codec alone on the fourth card and layers in host memory, not blocks of one latent."""
+    found = propose(*case("wan2.1-14b-720p", 4, 24))
+    assert found[0].flags.startswith("--ranks 3 --text_encoder cpu --offload")
+    assert found[0].plan.placement.codec_rank is None
+    assert all((proposal.plan.request.num_per_block or 0) >= 4 for proposal in found)
+    by_change = [BLOCKS.index((it.plan.request.num_per_block, it.plan.request.num_cat)) for it in found]
+    assert by_change == sorted(by_change)
+
+
+OPTIONS = ("--offload", "--context", "--vae_dtype", "--quantization")
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "gigabytes", "values"),
+    [
+        ("wan2.1-14b-720p", 4, 24, {}), ("wan2.1-14b-480p", 1, 60, {}), ("wan2.1-14b-480p", 1, 32, {}),
+        ("wan2.1-14b-480p", 4, 24, {"context": "cached"}),
+    ],
+)  # fmt: skip
+def test_no_proposal_asks_for_more_than_another(name: str, ranks: int, gigabytes: float, values: dict[str, Any]) -> None:
+    request, model, placement = case(name, ranks, gigabytes, **values)
+    found = [
+        proposal
+        for proposal in propose(request, model, placement)
+        if len(proposal.plan.placement.layers) <= ranks and "--gpus" not in proposal.flags
+    ]
+    assert len(found) > 1
+    for one in found:
+        for other in found:
+            if one is not other:
+                more = {name for name in OPTIONS if name in one.flags} >= {name for name in OPTIONS if name in other.flags}
+                smaller = (one.plan.request.num_per_block or 0) <= (other.plan.request.num_per_block or 0)
+                less = (one.plan.request.num_cat or 0) <= (other.plan.request.num_cat or 0)
+                assert not (more and smaller and less), (one.flags, other.flags)
+    for option in ("is_offloaded", "vae_dtype", "quantization"):
+        for proposal in found:  # none of its options can be left out
+            where = proposal.plan.placement
+            if getattr(where, option) != getattr(placement, option):
+                without = replace(where, **{option: getattr(placement, option)})
+                assert plan_job(proposal.plan.request, model, without, is_short=True).refusal is not None
+    assert first_proposal(request, model, placement).flags == found[0].flags  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [
+        ["--preset", "wan2.1-14b-720p", "--gpus", "4", "--gpu_memory", "24"],
+        ["--preset", "wan2.1-14b-480p", "--gpus", "1", "--gpu_memory", "32"],
+        [
+            "--preset",
+            "wan2.1-14b-480p",
+            "--gpus",
+            "4",
+            "--gpu_memory",
+            "24",
+            "--context",
+            "cached",
+            "--layer_split",
+            "9,9,11,11",
+        ],
+        ["--preset", "wan2.2-a14b-480p", "--gpus", "2", "--gpu_memory", "60", "--text_encoder", "keep"],
+    ],
+)
+def test_the_flags_of_a_proposal_do_what_it_says(devices: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *devices]) == 1
+    told = capsys.readouterr().out
+    proposed = [line.split() for line in told.splitlines() if line.startswith("  --")]
+    assert proposed
+    for flags in proposed:
+        assert main(["plan", *devices, *flags]) == 0, flags
 
 
 def test_nothing_is_proposed_for_what_fits_or_cannot() -> None:
@@ -175,6 +256,51 @@ def test_the_engine_refuses_before_anything_starts(tiny: Path, tmp_path: Path, m
         made.submit(request)
     assert refused.value.field == "num_per_block"
     assert not any(tmp_path.iterdir())
+
+
+def test_a_refusal_names_what_would_help(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "count_gpus", lambda: 1)
+    monkeypatch.setattr(engine, "bytes_per_device", lambda device: None)
+    request = GenerationRequest(prompt="x", latents_num=24, height=32, width=32, num_per_block=8, num_cat=4)
+    needed = Engine(str(tiny), outputs=tmp_path).plan(request).bytes_per_rank
+    monkeypatch.setattr(engine, "bytes_per_device", lambda device: needed - 1)
+    made = Engine(str(tiny), outputs=tmp_path, text_encoder="keep")
+    refusal = made.plan(request, is_short=True).refusal
+    assert refusal is not None and refusal.endswith("; it would fit with --text_encoder cpu")
+    with pytest.raises(RequestError) as refused:
+        made.submit(request)
+    assert str(refused.value) == refusal
+    assert not any(tmp_path.iterdir())
+
+
+def test_where_the_text_encoder_goes_by_itself() -> None:
+    request, model, placement = case("wan2.1-1.3b-480p", 1, 24)
+
+    def settled(**changes: Any) -> str:
+        return settle_text_encoder(request, model, replace(placement, **{"text_encoder": "auto", **changes})).text_encoder
+
+    assert settled() == "cpu"
+    assert settled(bytes_per_device=40 * GB) == settled(bytes_per_device=None) == "keep"
+    on_cpu = {"on_gpu": False, "codec_rank": None, "dtype": "float32"}
+    assert settled(**on_cpu) == "free" and settled(**on_cpu, bytes_per_device=99 * GB) == "keep"
+    for given in ("keep", "free", "cpu"):
+        assert settled(text_encoder=given) == given
+    assert plan_job(request, model, replace(placement, text_encoder="cpu")).refusal is None, "1.3B on one card of 24 GB"
+
+
+def test_an_engine_settles_it_once(tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """By the preset's own video, not by what is asked later."""
+    caplog.set_level("INFO")
+    for room, place in ((None, "keep"), (10**12, "keep"), (10**6, "free")):
+        monkeypatch.setattr(engine, "bytes_per_device", lambda device, room=room: room)
+        made = Engine(str(tiny))
+        assert made.text_encoder == made._options.text_encoder == place
+        assert all(replica.options.text_encoder == place for replica in made.replicas)
+        small = GenerationRequest(prompt="x", latents_num=1, height=32, width=32)
+        assert made.plan(small).placement.text_encoder == place
+        assert caplog.messages.pop() == f"text_encoder=auto: {place}"
+    with pytest.raises(RequestError, match="use auto, keep, free, cpu"):
+        Engine(str(tiny), text_encoder="gpu")
 
 
 def test_the_engines_plan(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +352,17 @@ def test_memory_of_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--preset", "wan2.1-14b-720p", "--gpus", "4", "--gpu-memory", "24", "--flops", "200"]) == 1
     out = capsys.readouterr().out
-    assert "It does not fit: rank 3 needs" in out and "It would fit with:\n  --text_encoder cpu" in out
+    assert "It does not fit: rank 3 needs" in out and "the text encoder waits in host memory" in out
+    for words in (
+        "least change of the video first:\n\n  --ranks 3",
+        "a sweep up to",
+        "the codec on a GPU of its own",
+        "0.002 dB",
+    ):
+        assert words in out
+    assert main(["plan", "--preset", "wan2.1-1.3b-480p", "--gpus", "1", "--gpu-memory", "24"]) == 0
+    out = capsys.readouterr().out
+    assert "It fits the 24.0 GB" in out and "add --calibrate on the machine itself" in out
     assert (
         main(["plan", "--preset", "wan2.1-14b-480p", "--gpus", "8", "--gpu-memory", "48", "--layer_split", "6,6,6,6,6,5,5"])
         == 0
@@ -293,12 +429,22 @@ def test_two_experts_share_the_room_of_offloaded_layers() -> None:
     assert found.ranks[1].weights - one.ranks[1].weights < one.host / 40, "the output head only"
 
 
+def test_tiny_blocks_are_warned_of() -> None:
+    request, model, placement = case()
+    asked = plan_job(request, model, placement)
+    for num_per_block, is_warned in ((6, False), (4, False), (3, True), (1, True)):
+        smaller = request.model_copy(update={"num_per_block": num_per_block, "num_cat": 0})
+        words = " ".join(changes_in_words(asked, plan_job(smaller, model, placement)))
+        assert "more seams" in words and ("these blocks are tiny" in words) == is_warned
+    assert changes_in_words(asked, asked) == []
+
+
 def test_low_memory_is_proposed_where_it_helps() -> None:
     request, model, placement = case("wan2.1-14b-480p", 1, gigabytes=60)
     flags = [proposal.flags for proposal in propose(request, model, placement)]
     assert "--offload" in flags and "--text_encoder cpu --quantization fp8" in flags
     tight = [proposal.flags for proposal in propose(request, model, replace(placement, bytes_per_device=32 * GB))]
-    assert any(flag.startswith("--offload --text_encoder cpu --num_per_block") for flag in tight)
+    assert any(flag.startswith("--text_encoder cpu --offload --num_per_block") for flag in tight)
     on_cpu = replace(placement, on_gpu=False, codec_rank=None)
     assert not any("--offload" in proposal.flags for proposal in propose(request, model, on_cpu))
 

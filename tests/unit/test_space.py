@@ -104,8 +104,10 @@ def test_a_tree_that_is_too_large(space_script: Any, monkeypatch: pytest.MonkeyP
         (0, None, None, 1),  # CPU hardware
         (1, None, None, 1),  # no nvidia-smi
         (1, 16, None, 1),  # T4
+        (1, 24, "wan2.1-1.3b-480p", 1),  # l4x1: the text encoder waits in host memory
         (1, 48, "wan2.1-1.3b-480p", 1),  # L40S
-        (4, 24, "wan2.1-1.3b-480p", 3),  # l4x4: the codec wants a card of its own
+        (4, 24, "wan2.1-1.3b-480p", 4),  # l4x4
+        (2, 18, "wan2.1-1.3b-480p", 1),  # the codec wants a card of its own
         (4, 48, "wan2.1-14b-480p", 4),  # l40sx4
         (8, 80, "wan2.1-14b-480p", 8),  # a100x8
         (16, 80, "wan2.1-14b-480p", 8),  # a longer pipeline does not pay

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
+from dualparal import Engine
+from dualparal.cli import main
 from dualparal.errors import RequestError
+from dualparal.model import attention_backends
 from dualparal.model.layout import Checkpoint
 from dualparal.model.speedups import use_attention
 from dualparal.model.stage import Stage
+from dualparal.runtime import devices, engine
 from tests.local_ring import denoise_in_threads
 from tests.texts import joined, some_texts
 
@@ -42,6 +49,56 @@ def test_what_is_not_to_be_had(tiny: Path, name: str, device: str, says: str) ->
     with pytest.raises(RequestError, match=says) as refused:
         use_attention(model, name, torch.device(device))
     assert refused.value.field == "attention"
+
+
+def test_the_table_names_every_backend_of_diffusers() -> None:
+    assert set(attention_backends.BACKENDS) == {backend.value for backend in AttentionBackendName}
+
+
+@pytest.mark.parametrize("name", sorted(attention_backends.BACKENDS))
+def test_the_table_knows_what_diffusers_asks_for(name: str) -> None:
+    """Where diffusers finds a package missing, so does the front end, before any work."""
+    try:
+        attention_dispatch._check_attention_backend_requirements(AttentionBackendName(name))
+    except RuntimeError:
+        with pytest.raises(RequestError, match=f"attention={name} needs the package"):
+            attention_backends.check_attention(name)
+    else:
+        assert attention_backends.check_attention(name) == name
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "field", "says"),
+    [
+        ({"attention": "quick"}, 0, "attention", r"'quick' is not known to diffusers; use one of .*flash, .*native"),
+        ({"attention": "flash"}, 0, "attention", "needs a GPU; on the CPU use native or flex"),
+        (
+            {"attention": "sage"},
+            1,
+            "attention",
+            r"sageattention \(pip install sageattention\); what can be used here: flex, native",
+        ),
+        ({"quantization": "int8"}, 0, "quantization", "pip install torchao"),
+        ({"quantization": "int4"}, 0, "quantization", "use fp8 or int8"),
+    ],
+)
+def test_the_engine_refuses_before_anything_starts(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], gpus: int, field: str, says: str
+) -> None:
+    monkeypatch.setattr(devices, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no such package is installed
+    with pytest.raises(RequestError, match=says) as refused:
+        Engine(str(tiny), outputs=tmp_path / "outputs", **options)
+    assert refused.value.field == field
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_bad_name_costs_no_download(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(engine, "find_model", lambda *given: pytest.fail("the model was looked for"))
+    command = ["generate", "--preset", "wan2.1-1.3b-480p", "--prompt", "x", "--attention"]
+    assert main([*command, "quick"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: attention='quick'") and "job " not in told.out
 
 
 def test_compiled_layers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
