@@ -52,22 +52,22 @@ def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog
     """One job on a rank other than 0, from item `start`; returns after the last item, or at the one where rank 0 stopped."""
     incoming, outgoing = links.incoming, links.outgoing
     assert incoming is not None and outgoing is not None
-    items = schedule.items
+    items = [item for item in schedule.items[start:] if not item.is_skipped]
 
-    def post(index: int) -> None:
-        if index < len(items):
-            batch, tokens, dim = stage.hidden_shape(items[index])
+    def post(place: int) -> None:
+        if place < len(items):
+            batch, tokens, dim = stage.hidden_shape(items[place])
             incoming.post(batch * tokens * dim + 1, stage.dtype)
 
-    post(start)
-    for item in items[start:]:
+    post(0)
+    for place, item in enumerate(items):
         message = incoming.take()
         hidden = unpack(message, stage.hidden_shape(item))
         if hidden is None:
             if not stage.is_last:
                 outgoing.send(message)
             break
-        post(item.index + 1)
+        post(place + 1)
         with spans.working(item):
             out = stage.run(item, hidden)
         if out is not None:
