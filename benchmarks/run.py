@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper": {},
     "paper, micro-batches": {"micro_batches": True},
     "paper, cached context": {"context": "cached"},
+    "paper, step cache 2": {"cache_interval": 2},
+    "paper, step cache 3": {"cache_interval": 3},
     "preview": {"schedule": "preview"},
     "preview, cached context": {"schedule": "preview", "context": "cached"},
 }

@@ -139,6 +139,15 @@ def _add_request_flags(parser: argparse.ArgumentParser, needs_prompt: bool = Tru
     request.add_argument("--max_in_flight", type=int, metavar="N", help="blocks denoised at once (preview)")
     request.add_argument("--stagger", type=int, metavar="N", help="steps between neighbouring blocks (preview)")
     request.add_argument("--micro_batches", type=_on_off, metavar="on|off", help="guidance halves travel one by one")
+    request.add_argument(
+        "--cache_interval", type=int, metavar="N",
+        help="step caching: compute every N-th step, extrapolate the others (faster, other pictures)",
+    )  # fmt: skip
+    request.add_argument("--cache_order", type=int, metavar="0|1|2", help="order of the extrapolation (default 1)")
+    request.add_argument("--disable_cache_before_step", type=int, metavar="N", help="until it all are computed (default 3)")
+    request.add_argument(
+        "--disable_cache_after_step", type=int, metavar="N", help="from it on all are computed (the last step always is)"
+    )
 
 
 def _on_off(text: str) -> bool:

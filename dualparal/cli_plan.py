@@ -14,6 +14,7 @@ from dualparal.core.estimate import format_plan, gigabytes
 from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, plan_job, settle_text_encoder
 from dualparal.core.proposals import Proposal, changes_in_words, propose
 from dualparal.core.rules import settle_rules
+from dualparal.core.schedule import Schedule
 from dualparal.core.sizes import DiTSizes
 from dualparal.errors import RequestError
 from dualparal.model.known import find_sizes
@@ -105,7 +106,8 @@ def describe(plan: JobPlan, speed_source: str) -> str:
     lines = [
         f"{plan.num_frames} frames ({plan.num_frames / request.fps:.1f} s) of {request.width}x{request.height} in "
         f"{blocks.num_blocks} blocks of {request.num_per_block} latents with {request.num_cat} of context, "
-        f"{request.num_inference_steps} steps, {plan.workload.schedule.num_in_flight()} blocks in flight at most",
+        f"{request.num_inference_steps} steps, {plan.workload.schedule.num_in_flight()} blocks in flight at most"
+        f"{_skipping(plan.workload.schedule)}",
         f"{ranks} rank{'s' * (ranks > 1)} with {', '.join(map(str, placement.layers))} layers in {placement.dtype}"
         f"{_low_memory(placement)}; codec "
         f"(text encoder, VAE in {placement.vae_dtype}) on "
@@ -127,6 +129,14 @@ def describe(plan: JobPlan, speed_source: str) -> str:
         f"  a sweep up to {duration(plan.sweep_s)}, first frames after {duration(plan.first_frames_s)}, "
         f"all after {duration(plan.total_s)}; stages busy {busy}",
     ])  # fmt: skip
+
+
+def _skipping(schedule: Schedule) -> str:
+    if schedule.max_order is None:
+        return ""
+    steps = [item for item in schedule.items if item.is_whole]
+    computed = sum(not item.is_skipped for item in steps) / len(steps)
+    return f"; {computed:.0%} of the block steps are computed, the others extrapolated"
 
 
 def _low_memory(placement: Placement) -> str:

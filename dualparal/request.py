@@ -45,6 +45,7 @@ def latents_of_seconds(seconds: float, fps: int) -> int:
 # What a resolved request may leave open: other ways to give the length, and what the checkpoint or the event model decides.
 OPTIONAL = {
     "num_frames", "seconds", "boundary_ratio", "max_in_flight", "stagger", "micro_batches", "guidance_start", "guidance_stop",
+    "cache_interval", "cache_order", "disable_cache_before_step", "disable_cache_after_step",
 }  # fmt: skip
 
 
@@ -81,6 +82,16 @@ class GenerationRequest(BaseModel):
     max_in_flight: int | None = Field(None, ge=1, le=1024, description="blocks denoised at once (schedule preview)")
     stagger: int | None = Field(None, ge=1, le=1000, description="steps between neighbouring blocks (schedule preview)")
     micro_batches: bool | None = Field(None, description="whether guidance halves travel one by one")
+    cache_interval: int | None = Field(
+        None, ge=1, le=1000, description="every n-th step is computed, the others are extrapolated (TaylorSeer); 1 is off"
+    )
+    cache_order: int | None = Field(None, ge=0, le=2, description="order of that extrapolation, 1 if left out")
+    disable_cache_before_step: int | None = Field(
+        None, ge=1, le=1000, description="steps before it are computed, also after a change of expert; 3 if left out"
+    )
+    disable_cache_after_step: int | None = Field(
+        None, ge=0, le=1000, description="steps from it on are computed; the last one always is"
+    )
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -168,6 +179,8 @@ class GenerationRequest(BaseModel):
                 "where to switch; give boundary_ratio (0.875 for Wan2.2-T2V-A14B)",
                 "boundary_ratio",
             )
+        if (self.cache_interval or 1) > 1:
+            values |= {name: value for name, value in STEP_CACHE.items() if values[name] is None}
         if values["seed"] is None:
             values["seed"] = secrets.randbelow(2**31)
         resolved = GenerationRequest(**values)
@@ -194,6 +207,7 @@ PRESET_FIELDS = (
     "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "guidance_scale_2",
     "boundary_ratio", "flow_shift", "num_per_block", "schedule", "context",
 )  # fmt: skip
+STEP_CACHE = {"cache_order": 1, "disable_cache_before_step": 3}  # where caching is on; as diffusers' TaylorSeerCacheConfig
 
 
 def _check_lengths(request: GenerationRequest) -> None:

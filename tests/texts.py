@@ -29,4 +29,6 @@ def joined(blocks: dict[int, torch.Tensor]) -> torch.Tensor:
 
 def as_said(rules: Rules) -> dict[str, Any]:
     """What the twin is told of a schedule's rules; micro-batches are the engine's own affair."""
-    return {name: getattr(rules, name) for name in ("policy", "context", "max_in_flight", "stagger", "guided_steps")}
+    said = {name: getattr(rules, name) for name in ("policy", "context", "max_in_flight", "stagger", "guided_steps")}
+    cache = rules.step_cache
+    return {**said, "step_cache": cache and (cache.interval, cache.max_order, cache.before, cache.after)}

@@ -47,8 +47,12 @@ class Twin:
         max_in_flight: int = 1,
         stagger: int = 1,
         guided_steps: tuple[int, int] | None = None,
+        step_cache: tuple[int, int, int, int | None] | None = None,
     ) -> dict[int, Tensor]:
-        """Final latents of each block. `texts[i]` is [conditional] or [conditional, unconditional] embeddings."""
+        """Final latents of each block. `texts[i]` is [conditional] or [conditional, unconditional] embeddings.
+
+        `step_cache`: interval, order, number of first steps computed in every mode, step from which on all are (the last is).
+        """
         lengths = block_lengths(latents_num, num_per_block, num_cat)
         num_blocks = len(lengths)
         channels = self.experts[0].config.in_channels
@@ -59,6 +63,9 @@ class Twin:
 
         history = {(block, 0): now[block].clone() for block in range(num_blocks)}  # latents of (block, steps done)
         last_pass: dict[Any, tuple[Any, Tensor, Tensor]] = {}  # (block, layer, half) -> mode, K, V of the own last num_cat
+        known: dict[int, list[tuple[int, Tensor]]] = {}  # block -> steps and predictions computed in its present mode
+        last_mode: dict[int, Any] = {}
+        in_mode = dict.fromkeys(range(num_blocks), 0)  # steps done by each block in its present mode
 
         sweep = 0
         entered = 0
@@ -81,6 +88,16 @@ class Twin:
                     expert = 1
                 guided = guided_steps is None or guided_steps[0] <= done[block] < guided_steps[1]
                 mode = (expert, guided)
+                if last_mode.get(block) != mode:
+                    last_mode[block], known[block], in_mode[block] = mode, [], 0
+                if step_cache is not None and is_skipped(step_cache, sweep, done[block], in_mode[block], steps):
+                    prediction = extrapolated(known[block], done[block], step_cache[1])
+                    step = schedulers[block].step(prediction, t, now[block].clone(), return_dict=False)
+                    now[block] = step[0].clone()
+                    done[block] += 1
+                    in_mode[block] += 1
+                    history[block, done[block]] = now[block].clone()
+                    continue
                 left, left_pass = None, None
                 if block > 0 and num_cat > 0:
                     seen = before[block - 1] if policy == "paper" else history[block - 1, done[block]]
@@ -88,8 +105,8 @@ class Twin:
                     if context == "cached" and last_pass[block - 1, 0, 0][0] == mode:
                         left, left_pass = None, block - 1
                 right, has_cache = None, False
-                if num_cat > 0 and block + 1 in ran_on:
-                    if ran_on[block + 1] == mode:
+                if num_cat > 0 and block + 1 in in_flight:
+                    if ran_on.get(block + 1) == mode:
                         has_cache = True
                     else:
                         right = before[block + 1][:, :, :num_cat]
@@ -111,7 +128,9 @@ class Twin:
                 ran_on[block] = mode
                 step = schedulers[block].step(prediction.clone(), t, now[block].clone(), return_dict=False)
                 now[block] = step[0].clone()
+                known[block].append((done[block], prediction.clone()))
                 done[block] += 1
+                in_mode[block] += 1
                 history[block, done[block]] = now[block].clone()
             sweep += 1
         return now
@@ -204,6 +223,31 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[2]), dim=-1)
         out.append(weights @ v)
     return torch.cat(out, dim=2)
+
+
+def is_skipped(step_cache: tuple[int, int, int, int | None], sweep: int, step: int, num_in_mode: int, num_steps: int) -> bool:
+    """Computed are: the first steps of a mode, the last steps, and every interval-th sweep, the one after the first skipped."""
+    interval, _, first, last = step_cache
+    if num_in_mode < first or step == num_steps - 1 or (last is not None and step >= last):
+        return False
+    computed = range(first + 1 - interval * (first + 1), sweep + 1, interval)
+    return sweep not in computed
+
+
+def extrapolated(known: Sequence[tuple[int, Tensor]], step: int, order: int) -> Tensor:
+    """TaylorSeer: sum over i of (steps since the last prediction)^i / i! times its i-th difference per step."""
+
+    def difference(i: int, which: int) -> Tensor:
+        if i == 0:
+            return known[which][1]
+        return (difference(i - 1, which) - difference(i - 1, which - 1)) / (known[which][0] - known[which - 1][0])
+
+    newest = len(known) - 1
+    since = step - known[newest][0]
+    out = torch.zeros_like(known[newest][1])
+    for i in range(min(order, newest) + 1):
+        out += difference(i, newest) * since**i / math.factorial(i)
+    return out
 
 
 def block_lengths(latents_num: int, num_per_block: int, num_cat: int) -> list[int]:

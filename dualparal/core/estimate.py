@@ -173,6 +173,8 @@ def most_cached_frames(workload: Workload) -> int:
     tails: dict[tuple[int, int | None], int] = {}
     most = 0
     for item in workload.schedule.items:
+        if item.is_skipped:
+            continue
         halves = workload.halves_of(item)
         heads.pop(item.half, None)
         if item.left is Context.CACHE and item.frees_left:
@@ -230,6 +232,8 @@ def _distinct(workload: Workload) -> list[Item]:
     # Blocks in the middle are alike: only the ends of the video have blocks of other lengths.
     alike: dict[tuple[int, Context, Context, int], Item] = {}
     for item in schedule.items:
+        if item.is_skipped:
+            continue
         place = min(item.block, 2) if item.block < last - 1 else item.block - last + 4
         alike[place, item.left, item.right, workload.halves_of(item)] = item
     found = {(*query_and_key_frames(schedule, item), workload.halves_of(item)): item for item in alike.values()}
@@ -289,4 +293,6 @@ def _rope_bytes(workload: Workload) -> int:
 def _latents_bytes(workload: Workload, height: int, width: int) -> int:
     frame = workload.sizes.in_channels * (height // VAE_SPATIAL_FACTOR) * (width // VAE_SPATIAL_FACTOR) * 4
     longest = max(workload.schedule.plan.lengths)
-    return workload.schedule.num_in_flight() * longest * frame * SAMPLER_COPIES
+    order = workload.schedule.max_order
+    kept = 0 if order is None else order + 1  # the last prediction and its differences, where steps are skipped
+    return workload.schedule.num_in_flight() * longest * frame * (SAMPLER_COPIES + kept)

@@ -1,8 +1,9 @@
 """Event model: when each item of a schedule is worked on by each stage, given what it costs there.
 
 The ring as the runtime runs it: stages take items in schedule order, rank 0 starts an item once the predictions it depends on
-are back and at most `2 * ranks` items are under way. Times in the unit of the costs. No clock is read: the plan command, the
-page's estimate, the choice of `preview`'s settings and the benchmarks all ask this model.
+are back and at most `2 * ranks` items are under way. A skipped item waits for its block alone and costs no stage anything.
+Times in the unit of the costs. No clock is read: the plan command, the page's estimate, the choice of `preview`'s settings and
+the benchmarks all ask this model.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def forecast(schedule: Schedule, ranks: int, cost: ItemCost, *, transfer: float 
     """Walk `schedule` over `ranks` stages. `transfer`: time of one message between ranks; `step`: of one sampler step."""
     free = [0.0] * ranks
     worked = [0.0] * ranks
-    returned: list[float] = []  # when each item's prediction is back and applied, in schedule order
+    returned: list[float] = []  # when the prediction of each item that made the trip is back and applied, in schedule order
     applied: dict[tuple[int, int], float] = {}  # (block, version) -> when rank 0 has it
     hop = transfer if ranks > 1 else 0.0
     for item in schedule.items:
@@ -45,8 +46,11 @@ def forecast(schedule: Schedule, ranks: int, cost: ItemCost, *, transfer: float 
             needs.append(applied[item.block - 1, item.left_version])
         if item.right_version:
             needs.append(applied[item.block + 1, item.right_version])
-        if item.index >= 2 * ranks:
-            needs.append(returned[item.index - 2 * ranks])
+        if item.is_skipped:
+            applied[item.block, item.step + 1] = needs[0] + step
+            continue
+        if len(returned) >= 2 * ranks:
+            needs.append(returned[-2 * ranks])
         at = max(needs)
         for rank in range(ranks):
             start = max(at, free[rank])

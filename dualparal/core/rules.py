@@ -5,6 +5,7 @@ from __future__ import annotations
 from dualparal.core.event_model import choose_preview
 from dualparal.core.plan import BlockPlan
 from dualparal.core.schedule import Rules
+from dualparal.core.step_cache import StepCache
 from dualparal.request import GenerationRequest
 
 
@@ -48,6 +49,7 @@ def rules_of(request: GenerationRequest) -> Rules:
         stagger=request.stagger or 1,
         micro_batches=bool(request.micro_batches) and request.guidance_scale > 1,
         guided_steps=guided_steps(request) if max(request.guidance_scale, request.guidance_scale_2 or 0.0) > 1 else None,
+        step_cache=step_cache(request),
     )
 
 
@@ -58,3 +60,16 @@ def guided_steps(request: GenerationRequest) -> tuple[int, int] | None:
     start = int((request.guidance_start or 0.0) * num_steps)
     stop = num_steps if request.guidance_stop is None else int(request.guidance_stop * num_steps)
     return None if (start, stop) == (0, num_steps) else (start, stop)
+
+
+def step_cache(request: GenerationRequest) -> StepCache | None:
+    """Which steps of a resolved request are skipped; None when all are computed."""
+    if not request.cache_interval or request.cache_interval == 1:
+        return None
+    assert request.cache_order is not None and request.disable_cache_before_step
+    return StepCache(
+        interval=request.cache_interval,
+        max_order=request.cache_order,
+        before=request.disable_cache_before_step,
+        after=request.disable_cache_after_step,
+    )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from diffusers import UniPCMultistepScheduler
 
+from dualparal.core.schedule import Mode
+from dualparal.core.taylor import Taylor
 from dualparal.errors import CheckpointError
 
 _COUNTS = ("lower_order_nums", "this_order")  # of UniPC, besides its step index
@@ -34,9 +36,9 @@ class SamplerFactory:
         self.timesteps: torch.Tensor = self._template.timesteps
         self.num_train_timesteps = int(self._template.config.num_train_timesteps)
 
-    def new(self) -> BlockSampler:
-        """A sampler for one block, at its first step."""
-        return BlockSampler(copy.deepcopy(self._template))
+    def new(self, max_order: int | None = None) -> BlockSampler:
+        """A sampler for one block, at its first step; `max_order` of extrapolation where steps are skipped."""
+        return BlockSampler(copy.deepcopy(self._template), max_order)
 
     def experts(self, boundary_ratio: float | None) -> tuple[int, ...]:
         """Which expert runs each step: 1 (low noise) where t < boundary_ratio * num_train_timesteps, else 0."""
@@ -51,11 +53,22 @@ def experts_of(timesteps: Sequence[float], boundary_ratio: float | None, num_tra
 
 
 class BlockSampler:
-    """The multistep state of one block."""
+    """The multistep state of one block, and where steps are skipped what it extrapolates them from."""
 
-    def __init__(self, scheduler: UniPCMultistepScheduler) -> None:
+    def __init__(self, scheduler: UniPCMultistepScheduler, max_order: int | None = None) -> None:
         self._scheduler = scheduler
         self._step = 0
+        self._taylor = None if max_order is None else Taylor(max_order)
+
+    def note(self, prediction: torch.Tensor, mode: Mode) -> None:
+        """Remember the present step's computed prediction, if steps are skipped at all."""
+        if self._taylor is not None:
+            self._taylor.update(self._step, prediction, mode)
+
+    def predict(self) -> torch.Tensor:
+        """The prediction of the present step, extrapolated from those noted."""
+        assert self._taylor is not None
+        return self._taylor.predict(self._step)
 
     def step(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Latents one step cleaner. `prediction` and `latents` [1, C, F, h, w] float32; neither is changed.
@@ -76,6 +89,9 @@ class BlockSampler:
         tensors |= {f"timestep_list.{i}": torch.as_tensor(x) for i, x in enumerate(scheduler.timestep_list) if x is not None}
         if scheduler.last_sample is not None:
             tensors["last_sample"] = scheduler.last_sample
+        if self._taylor is not None:
+            noted, factors = self._taylor.state()
+            counts, tensors = counts | noted, tensors | factors
         return counts, tensors
 
     def restore(self, counts: dict[str, int], tensors: dict[str, torch.Tensor]) -> None:
@@ -88,11 +104,14 @@ class BlockSampler:
         if self._step:
             scheduler._step_index = self._step
         device = scheduler.timesteps.device
+        if self._taylor is not None:
+            orders = range(sum(key.startswith("factors.") for key in tensors))
+            self._taylor.restore(counts, [tensors[f"factors.{order}"].to(device) for order in orders])
         for key, value in tensors.items():
             name, _, index = key.partition(".")
             if name == "timestep_list":
                 scheduler.timestep_list[int(index)] = value.to(device)
             elif name == "model_outputs":
                 scheduler.model_outputs[int(index)] = value.to(device)
-            else:
+            elif name == "last_sample":
                 scheduler.last_sample = value.to(device)

@@ -7,13 +7,16 @@ estimates all follow from it. No clock, no rank, no arrival order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
 from dualparal.core.plan import BlockPlan
+from dualparal.core.step_cache import StepCache
 from dualparal.errors import RequestError
+
+Mode = tuple[int, bool]  # expert, whether guided: K/V and predictions of one mode do not serve another
 
 
 class Context(Enum):
@@ -28,6 +31,7 @@ class Context(Enum):
 class Item:
     """One trip through all layers: `block` makes its denoising step `step` (0 = noisiest).
 
+    `is_skipped`: no trip at all; rank 0 extrapolates the prediction, the other ranks pass over the item.
     `half`: which guidance half, 0 or 1, when they go as two micro-batches; None when both go together. `expert` runs it.
     `is_guided`: whether this step has an unconditional half, where the request has guidance at all.
     `left_version`, `right_version`: for `Context.LATENTS`, how many steps the neighbour's latents have done. `keeps_head`,
@@ -49,6 +53,12 @@ class Item:
     frees_left: bool = False
     half: int | None = None
     is_guided: bool = True
+    is_skipped: bool = False
+
+    @property
+    def mode(self) -> Mode:
+        """Expert, and whether guided."""
+        return self.expert, self.is_guided
 
     @property
     def is_whole(self) -> bool:
@@ -63,6 +73,7 @@ class Rules:
     `policy`: "paper" or "preview". `context`: "recomputed" (the left neighbour's latents run through the layers again) or
     "cached" (its K/V of its last pass are kept). `max_in_flight`, `stagger`: of "preview". `micro_batches`: guidance halves
     travel one by one. `guided_steps`: first and end of the steps that guidance is applied in; None for all.
+    `step_cache`: which steps are skipped; None for none.
     """
 
     policy: str = "paper"
@@ -71,6 +82,7 @@ class Rules:
     stagger: int = 1
     micro_batches: bool = False
     guided_steps: tuple[int, int] | None = None
+    step_cache: StepCache | None = None
 
     def is_guided(self, step: int) -> bool:
         """Whether guidance is applied at that step."""
@@ -87,11 +99,15 @@ class Rules:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All items of one job, in order, with the plan they follow."""
+    """All items of one job, in order, with the plan they follow.
+
+    `max_order`: of the extrapolation of skipped steps; None when none is skipped.
+    """
 
     plan: BlockPlan
     num_steps: int
     items: tuple[Item, ...]
+    max_order: int | None = None
 
     @cached_property
     def last_left_use(self) -> dict[tuple[int, int], int]:
@@ -104,7 +120,9 @@ class Schedule:
         return {(item.block + 1, item.right_version): item.index for item in self.items if item.right_version is not None}
 
     def window_frames(self, item: Item) -> tuple[int, int, int]:
-        """Latent frames that `item` runs through the layers: (left context, own, right context)."""
+        """Latent frames that `item` runs through the layers: (left context, own, right context); none when it is skipped."""
+        if item.is_skipped:
+            return 0, 0, 0
         left = self.plan.num_left(item.block) if item.left is Context.LATENTS else 0
         right = self.plan.num_right(item.block) if item.right is Context.LATENTS else 0
         return left, self.plan.lengths[item.block], right
@@ -144,51 +162,62 @@ def make_schedule(rules: Rules, plan: BlockPlan, experts: Sequence[int]) -> Sche
     Left context of block b, recomputed: block b - 1's latents; under `paper` the latest (after its step of the sweep before,
     or final once it has left), under `preview` those at b's own step. Cached: K/V of block b - 1's most recent pass, unless
     another mode made it. Right context: block b + 1 as this sweep has just run it: its K/V, or its latents where it ran in
-    another mode. A step's mode is its expert and whether it is guided: K/V of one mode do not serve the other.
+    another mode or skipped the step. A step's mode is its expert and whether it is guided: K/V of one mode do not serve the
+    other.
     """
     num_steps = len(experts)
     modes = [(expert, rules.is_guided(step)) for step, expert in enumerate(experts)]
+    cache, num_before = rules.step_cache, _num_before(modes)
     items: list[Item] = []
     done = [0] * plan.num_blocks  # steps that each block has done before the present sweep
+    passed: dict[int, Mode] = {}  # mode of each block's most recent pass before the present sweep
     for sweep, steps in enumerate(_sweeps(rules, plan.num_blocks, num_steps)):
-        running = dict(steps)
+        running: dict[int, Mode | None] = {}  # mode of each block in flight, None when it skips this sweep
+        for block, step in steps:
+            is_skipped = cache is not None and cache.is_skipped(sweep, step, num_before[step], num_steps)
+            running[block] = None if is_skipped else modes[step]
         for block, step in steps:
             expert, is_guided = modes[step]
-            item = Item(len(items), sweep, block, step, expert, is_guided=is_guided)
-            if plan.num_cat:
-                item = _with_left(item, rules, modes, done)
-                item = _with_right(item, modes, running)
+            item = Item(len(items), sweep, block, step, expert, is_guided=is_guided, is_skipped=running[block] is None)
+            if plan.num_cat and not item.is_skipped:
+                item = _with_left(item, rules, passed, done)
+                item = _with_right(item, running, done)
             items.append(item)
         for block, step in steps:
             done[block] = step + 1
+        passed |= {block: mode for block, mode in running.items() if mode is not None}
     assert len(items) == plan.num_blocks * num_steps
     items = _with_left_caches(items)
     if rules.micro_batches:
         items = [replace(half, index=i) for i, half in enumerate(half for item in items for half in _halves(item))]
-    return Schedule(plan, num_steps, tuple(items))
+    max_order = cache.max_order if cache is not None and any(item.is_skipped for item in items) else None
+    return Schedule(plan, num_steps, tuple(items), max_order)
 
 
-Mode = tuple[int, bool]
+def _num_before(modes: Sequence[Mode]) -> list[int]:
+    """How many steps have been done in each step's mode, without a break, before it."""
+    found: list[int] = []
+    for step, mode in enumerate(modes):
+        found.append(found[-1] + 1 if step and modes[step - 1] == mode else 0)
+    return found
 
 
-def _with_left(item: Item, rules: Rules, modes: Sequence[Mode], done: Sequence[int]) -> Item:
+def _with_left(item: Item, rules: Rules, passed: Mapping[int, Mode], done: Sequence[int]) -> Item:
     if item.block == 0:
         return item
-    ahead = done[item.block - 1]
-    if rules.context == "cached" and modes[ahead - 1] == modes[item.step]:
+    if rules.context == "cached" and passed[item.block - 1] == item.mode:
         return replace(item, left=Context.CACHE)
-    version = ahead if rules.policy == "paper" else item.step
+    version = done[item.block - 1] if rules.policy == "paper" else item.step
     return replace(item, left=Context.LATENTS, left_version=version)
 
 
-def _with_right(item: Item, modes: Sequence[Mode], running: dict[int, int]) -> Item:
-    behind, ahead = running.get(item.block + 1), running.get(item.block - 1)
-    keeps_head = ahead is not None and modes[ahead] == modes[item.step]
-    if behind is None:
-        return replace(item, keeps_head=keeps_head)
-    if modes[behind] == modes[item.step]:
-        return replace(item, keeps_head=keeps_head, right=Context.CACHE)
-    return replace(item, keeps_head=keeps_head, right=Context.LATENTS, right_version=behind)
+def _with_right(item: Item, running: Mapping[int, Mode | None], done: Sequence[int]) -> Item:
+    item = replace(item, keeps_head=running.get(item.block - 1) == item.mode)
+    if item.block + 1 not in running:
+        return item
+    if running[item.block + 1] == item.mode:
+        return replace(item, right=Context.CACHE)
+    return replace(item, right=Context.LATENTS, right_version=done[item.block + 1])
 
 
 def _with_left_caches(items: list[Item]) -> list[Item]:
@@ -199,7 +228,8 @@ def _with_left_caches(items: list[Item]) -> list[Item]:
     for item in items:
         if item.left is Context.CACHE:
             last_use[latest[item.block - 1]] = item.index
-        latest[item.block] = item.index
+        if not item.is_skipped:
+            latest[item.block] = item.index
     for source, user in last_use.items():
         found[source] = replace(found[source], keeps_tail=True)
         found[user] = replace(found[user], frees_left=True)
@@ -207,4 +237,4 @@ def _with_left_caches(items: list[Item]) -> list[Item]:
 
 
 def _halves(item: Item) -> tuple[Item, ...]:
-    return (replace(item, half=0), replace(item, half=1)) if item.is_guided else (item,)
+    return (replace(item, half=0), replace(item, half=1)) if item.is_guided and not item.is_skipped else (item,)

@@ -51,6 +51,8 @@ class Workload:
 
     def item_flops(self, item: Item) -> list[int]:
         """FLOPs of `item` on each stage; the first also embeds patches, the last has the output head."""
+        if item.is_skipped:
+            return [0] * len(self.layers)
         sizes, halves = self.sizes, self.halves_of(item)
         window, keys = (frames * self.tokens_per_frame for frames in query_and_key_frames(self.schedule, item))
         own = self.schedule.plan.lengths[item.block] * self.tokens_per_frame
@@ -70,6 +72,8 @@ class Workload:
         known: dict[tuple[int, int, int, int], list[float]] = {}
 
         def seconds(item: Item, rank: int) -> float:
+            if item.is_skipped:
+                return 0.0
             shape = (*query_and_key_frames(self.schedule, item), self.schedule.plan.lengths[item.block], self.halves_of(item))
             if shape not in known:
                 known[shape] = [overhead_s + flops / flops_per_s for flops in self.item_flops(item)]

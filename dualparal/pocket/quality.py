@@ -44,6 +44,7 @@ class Method:
     schedule: str = "paper"
     context: str = "recomputed"
     latents_num: int = 0
+    cache_interval: int | None = None
 
     def lengths(self, latents_num: int) -> list[int]:
         """Latents of each block for a video of that many latents."""
@@ -68,6 +69,9 @@ def all_methods() -> dict[str, Method]:
             Method(name=f"{schedule} {n}+{c}, {context}", num_per_block=n, num_cat=c, schedule=schedule, context=context)
             for n, c in blocks
         ]
+    methods += [
+        Method(name=f"paper 8+4, recomputed, step cache {n}", num_per_block=8, num_cat=4, cache_interval=n) for n in (2, 3)
+    ]
     return {method.name: method for method in methods}
 
 
@@ -81,7 +85,7 @@ def make_frames(engine: Any, method: Method, prompt: Prompt, seed: int, options:
         prompt=prompt.caption, height=SIDE_PX, width=SIDE_PX, latents_num=latents_num,
         num_per_block=method.num_per_block or latents_num,
         num_cat=method.num_cat, schedule=method.schedule, context=method.context, seed=seed,
-        num_inference_steps=options.steps,
+        num_inference_steps=options.steps, cache_interval=method.cache_interval,
     )  # fmt: skip
     job = engine.submit(request, export_images=True)
     job.result()
@@ -147,7 +151,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _key(record: dict[str, Any]) -> str:
-    return json.dumps([record[k] for k in ("method", "prompt", "seed", "latents", "steps")], sort_keys=True)
+    method = {name: value for name, value in record["method"].items() if value is not None}  # older records lack new fields
+    return json.dumps([method, *(record[k] for k in ("prompt", "seed", "latents", "steps"))], sort_keys=True)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

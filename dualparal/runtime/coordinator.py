@@ -6,9 +6,11 @@ are under way at once: enough to keep every stage busy, few enough that finished
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -40,7 +42,7 @@ class Denoiser:
         """`noise` yields each block's initial latents in order. `on_step` is told of every block step done, `on_block` gets
         each finished block's latents [1, C, F, h, w] float32, `saver` finished blocks and sweep borders."""
         self._stage, self._links, self._schedule = stage, links, schedule
-        self._new_sampler, self._noise = samplers.new, noise
+        self._new_sampler, self._noise = functools.partial(samplers.new, schedule.max_order), noise
         self._device = samplers.timesteps.device
         self._is_stopped, self._on_step, self._on_block, self._spans = is_stopped, on_step, on_block, spans
         self._latents: dict[int, torch.Tensor] = {}  # of the blocks in flight
@@ -50,16 +52,20 @@ class Denoiser:
         self._tails: dict[tuple[int, int], torch.Tensor] = {}
         self._heads: dict[tuple[int, int], torch.Tensor] = {}
         self._under_way: deque[Item] = deque()
+        self._to_skip: dict[int, deque[Item]] = defaultdict(deque)  # skipped steps by block, until the block is there
         self._saver = saver
-        self._to_save: dict[int, Tails] = {}  # borders under way: what stage 0 held after the border's last item
+        self._to_save: dict[int, Tails] = {}  # borders under way, by block steps done: what stage 0 held after the last item
         self._start = 0
-        items = schedule.items
-        self._borders = {item.index for item, after in itertools.pairwise(items) if item.sweep != after.sweep}
+        self._num_done = 0  # block steps
+        self._borders = {border.num_done: border for border in _borders(schedule)}
+        self._border_after = {border.last.index: border for border in self._borders.values()}
 
     def restore(self, state: SweepState) -> None:
         """Go on from a saved border instead of from the start; the finished blocks before it are the caller's business."""
         self._start = state.next_index
-        done = {item.block for item in self._schedule.items[: state.next_index]}
+        before = self._schedule.items[: state.next_index]
+        self._num_done = sum(item.is_whole for item in before)
+        done = {item.block for item in before}
         for block in sorted(done):
             noise = next(self._noise)  # replayed, so that the blocks still to come get theirs
             del noise
@@ -80,6 +86,10 @@ class Denoiser:
                 self._send_stop(item)
                 self._drain()
                 return False
+            if item.is_skipped:
+                self._to_skip[item.block].append(item)
+                self._extrapolate(item.block)
+                continue
             if item.block not in self._latents:
                 self._enter(item.block)
             while self._version[item.block] < item.step or not self._has_context(item) or len(self._under_way) >= most:
@@ -99,13 +109,13 @@ class Denoiser:
 
     def _begin_save(self, item: Item) -> float:
         """Choose `item`'s border to be saved, once its prediction has been applied; the signal for the other stages."""
-        saver = self._saver
-        if saver is None or self._to_save or item.index not in self._borders:
+        saver, border = self._saver, self._border_after.get(item.index)
+        if saver is None or border is None or self._to_save:
             return GO
         caches = self._stage.tails() if saver.keeps_caches else {}
         if not saver.wants_sweep(caches):
             return GO
-        self._to_save[item.index] = caches
+        self._to_save[border.num_done] = caches
         return SAVE if saver.keeps_caches else GO
 
     def _enter(self, block: int) -> None:
@@ -144,6 +154,16 @@ class Denoiser:
         item = self._under_way.popleft()
         message = self._links.incoming.take()
         self._apply(item, message[:-1].view(self._stage.prediction_shape(item)))
+        self._extrapolate(item.block)
+
+    def _extrapolate(self, block: int) -> None:
+        """Do the skipped steps that the block has come to. They overtake other blocks' predictions, so that no stage waits for
+        them; `_borders` knows."""
+        while self._to_skip[block] and self._to_skip[block][0].step == self._version[block]:
+            item = self._to_skip[block].popleft()
+            with torch.inference_mode():
+                prediction = self._samplers[block].predict()
+            self._apply(item, prediction)
 
     def _drain(self) -> None:
         while self._under_way:
@@ -153,9 +173,11 @@ class Denoiser:
         self._spans.flush()
 
     def _send_stop(self, item: Item) -> None:
-        """Every rank leaves at `item`: the message has the size it would have had, so that posted receives match."""
+        """Every rank leaves at `item`, or the next one that makes the trip: the message has the size it would have had, so that
+        posted receives match."""
         if self._links.outgoing is not None:
-            size = torch.Size(self._stage.hidden_shape(item)).numel()
+            awaited = next(later for later in self._schedule.items[item.index :] if not later.is_skipped)
+            size = torch.Size(self._stage.hidden_shape(awaited)).numel()
             nothing = torch.zeros(size, dtype=self._stage.dtype, device=self._device)
             self._links.outgoing.send(pack(nothing, STOP))
 
@@ -163,6 +185,8 @@ class Denoiser:
         """Step the block's own sampler; a finished block leaves."""
         block = item.block
         with torch.inference_mode():
+            if not item.is_skipped:
+                self._samplers[block].note(prediction, item.mode)
             self._latents[block] = self._samplers[block].step(prediction, self._latents[block])
         self._version[block] = item.step + 1
         self._record(block)
@@ -174,8 +198,9 @@ class Denoiser:
             if self._saver is not None:
                 self._saver.save_block(block, latents)
             self._on_block(block, latents)
-        if self._saver is not None and (caches := self._to_save.pop(item.index, None)) is not None:
-            self._saver.save_sweep(self._snapshot(item, caches))
+        self._num_done += 1
+        if self._saver is not None and (caches := self._to_save.pop(self._num_done, None)) is not None:
+            self._saver.save_sweep(self._snapshot(self._borders[self._num_done], caches))
 
     def _release(self, item: Item) -> None:
         """Drop the ends that no item after `item` will see. Now, not when it was sent: a border saved meanwhile needs them."""
@@ -186,20 +211,20 @@ class Denoiser:
             if version is not None and uses[neighbour, version] <= item.index:
                 del tape[neighbour, version]
 
-    def _snapshot(self, item: Item, caches: Tails) -> SweepState:
-        """The border after `item`. Predictions are applied in schedule order, so all there is is as old as the border, but
-        for blocks that have entered since; they enter again."""
+    def _snapshot(self, border: Border, caches: Tails) -> SweepState:
+        """The state at `border`. All there is is as old as the border, but for blocks that have entered since; they enter
+        again."""
         blocks = [block for block in self._latents if self._version[block] > 0]
         states = {block: self._samplers[block].state() for block in blocks}
         return SweepState(
-            next_index=item.index + 1,
+            next_index=border.next_index,
             num_finished=sum(version == self._schedule.num_steps for version in self._version.values()),
             latents={block: self._latents[block] for block in blocks},
             counts={block: counts for block, (counts, _) in states.items()},
             samplers={block: tensors for block, (_, tensors) in states.items()},
             tails={key: x for key, x in self._tails.items() if self._version[key[0]] > 0},
             heads={key: x for key, x in self._heads.items() if self._version[key[0]] > 0},
-            sweep=item.sweep,
+            sweep=border.last.sweep,
             caches=caches,
         )
 
@@ -210,6 +235,31 @@ class Denoiser:
             self._tails[key] = self._latents[block][:, :, -min(plan.num_cat, plan.lengths[block]) :].clone()
         if key in self._schedule.last_right_use:
             self._heads[key] = self._latents[block][:, :, : plan.num_kept(block)].clone()
+
+
+@dataclass(frozen=True)
+class Border:
+    """A sweep's end where the state can be saved: `num_done` block steps are done, item `next_index` comes next, `last` was the
+    last one that made the trip."""
+
+    num_done: int
+    next_index: int
+    last: Item
+
+
+def _borders(schedule: Schedule) -> Iterator[Border]:
+    """Every border of `schedule`, in order.
+
+    Predictions are applied in schedule order, but skipped steps as soon as their block is there. So after the last step of a
+    sweep every block is at the border if the next sweep skips nothing: its predictions come back behind all that are awaited.
+    """
+    skipping = {item.sweep for item in schedule.items if item.is_skipped}
+    num_done, last = 0, schedule.items[0]
+    for item, after in itertools.pairwise(schedule.items):
+        num_done += item.is_whole
+        last = last if item.is_skipped else item
+        if item.sweep != after.sweep and after.sweep not in skipping:
+            yield Border(num_done, after.index, last)
 
 
 def supplied_noise(blocks: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:

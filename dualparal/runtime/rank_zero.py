@@ -257,6 +257,8 @@ class ProgressReport:
     def step(self, item: Item) -> None:
         self._steps[item.block] = item.step + 1
         self._done += self._frames[item.block, item.step]
+        if self._done == self._resumed_at:  # skipped steps only: no work yet to tell the time by
+            return
         now_s = time.monotonic()
         is_last = self._done == self._total
         if now_s - self._sent_s < PROGRESS_INTERVAL_S and not is_last and item.step + 1 < self._num_steps:

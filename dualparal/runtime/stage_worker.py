@@ -72,22 +72,22 @@ def run_stage(
     """
     incoming, outgoing = links.incoming, links.outgoing
     assert incoming is not None and outgoing is not None
-    items = schedule.items
+    items = [item for item in schedule.items[start:] if not item.is_skipped]
 
-    def post(index: int) -> None:
-        if index < len(items):
-            batch, tokens, dim = stage.hidden_shape(items[index])
+    def post(place: int) -> None:
+        if place < len(items):
+            batch, tokens, dim = stage.hidden_shape(items[place])
             incoming.post(batch * tokens * dim + 1, stage.dtype)
 
-    post(start)
-    for item in items[start:]:
+    post(0)
+    for place, item in enumerate(items):
         message = incoming.take()
         hidden, signal = unpack(message, stage.hidden_shape(item))
         if signal == STOP:
             if not stage.is_last:
                 outgoing.send(message)
             break
-        post(item.index + 1)
+        post(place + 1)
         with spans.working(item):
             out = stage.run(item, hidden)
         if signal == SAVE:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dualparal.core.plan import BlockPlan
+from dualparal.core.rules import step_cache
 from dualparal.errors import DualParalError
 from dualparal.events import Finished, Started
 from dualparal.request import GenerationRequest, frames_of_latents
@@ -45,12 +46,14 @@ def num_blocks_of(request: GenerationRequest) -> int:
 
 
 def work_of(request: GenerationRequest) -> float:
-    """Token passes of the whole request: block steps x tokens a pass sees x guidance halves."""
+    """Token passes of the whole request: computed block steps x tokens a pass sees x guidance halves."""
     assert request.num_inference_steps and request.height and request.width and request.num_per_block and request.latents_num
     window = min(request.latents_num, request.num_per_block + 2 * (request.num_cat or 0))
     tokens = window * (request.height // 16) * (request.width // 16)
     halves = 2 if (request.guidance_scale or 0) > 1 else 1
-    return num_blocks_of(request) * request.num_inference_steps * tokens * halves
+    cache = step_cache(request)
+    steps = cache.mean_computed(request.num_inference_steps) if cache else request.num_inference_steps
+    return num_blocks_of(request) * steps * tokens * halves
 
 
 class Estimator:

@@ -16,8 +16,9 @@ from dualparal.request import GenerationRequest
 from dualparal.ui.studio import Studio
 
 SMOOTHEST, SOONEST = 0, 3
+CACHE = ("cache_interval", "cache_order", "disable_cache_before_step", "disable_cache_after_step")
 RULES = ("max_in_flight", "stagger", "micro_batches")
-UNSEEN = ("schedule", *RULES, "guidance_start", "guidance_stop")
+UNSEEN = ("schedule", *RULES, "guidance_start", "guidance_stop", *CACHE)
 LABEL = "Smoothest to soonest"
 INFO = "Left: all blocks are denoised together. Right: only a few at a time, so the first one plays much sooner."
 

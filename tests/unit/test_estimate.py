@@ -20,6 +20,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from dualparal.core.estimate import (
     GPU_RUNTIME_BYTES,
+    SAMPLER_COPIES,
     VAE_BYTES_PER_PIXEL,
     MemoryPlan,
     codec_bytes,
@@ -41,6 +42,7 @@ from dualparal.core.sizes import (
     DiTSizes,
     umt5_parameters,
 )
+from dualparal.core.step_cache import StepCache
 from dualparal.core.work import Workload, layer_flops
 from dualparal.model.checkpoint import keeps_float32
 from dualparal.model.feature_cache import CrossAttention, SelfAttention, Surroundings
@@ -205,6 +207,34 @@ def test_forecast_scales_with_the_rate() -> None:
     assert fast.total > workload.total_flops() / 4 / 4e14
     late = workload.forecast(4e14, overhead_s=1.0)
     assert late.total > fast.total + len(workload.schedule.items)
+
+
+def test_skipped_steps_cost_no_work_and_time_but_memory_for_what_they_are_extrapolated_from() -> None:
+    rules = Rules(step_cache=StepCache(interval=2, max_order=1))
+    whole, skipping = (workload_of(request(), WAN_14B, [10] * 4, rules=rules) for rules in (Rules(), rules))
+    for item, computed in zip(skipping.schedule.items, whole.schedule.items, strict=True):
+        assert (skipping.item_flops(item) == [0] * 4) == item.is_skipped
+        assert item.is_skipped or item.right is not computed.right or skipping.item_flops(item) == whole.item_flops(computed)
+    share = sum(not item.is_skipped for item in skipping.schedule.items) / len(whole.schedule.items)
+    assert 0.5 < share < 0.56
+    assert skipping.total_flops() == pytest.approx(share * whole.total_flops(), rel=0.02)  # neighbours that skip join windows
+    slow, fast = (workload.forecast(4e14, overhead_s=1.0) for workload in (whole, skipping))
+    assert fast.total < 0.7 * slow.total
+    plan, more = (memory_plan(workload, height=480, width=832) for workload in (whole, skipping))
+    assert more.ranks[0].latents * SAMPLER_COPIES == plan.ranks[0].latents * (SAMPLER_COPIES + 2)
+    assert more.ranks[1].total > plan.ranks[1].total  # the latents of a neighbour that skips join the window
+    repeating = workload_of(request(), WAN_14B, [40], rules=Rules(step_cache=StepCache(interval=2, max_order=0)))
+    found = memory_plan(repeating, height=480, width=832).ranks[0].latents
+    assert found * SAMPLER_COPIES == plan.ranks[0].latents * (SAMPLER_COPIES + 1)
+
+
+def test_one_block_that_skips_needs_the_time_of_its_computed_steps() -> None:
+    rules = Rules(step_cache=StepCache(interval=5, before=3))
+    whole, skipping = (workload_of(request(latents_num=16), WAN_14B, [20] * 2, rules=r) for r in (Rules(), rules))
+    computed = sum(not item.is_skipped for item in skipping.schedule.items)
+    assert computed == 13
+    assert skipping.forecast(4e14).total == pytest.approx(whole.forecast(4e14).total * computed / 50)
+    assert memory_plan(skipping, height=480, width=832).ranks[1] == memory_plan(whole, height=480, width=832).ranks[1]
 
 
 def test_layers_must_add_up() -> None:

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dualparal.core.rules import rules_of
+from dualparal.core.step_cache import StepCache
 from dualparal.errors import RequestError
 from dualparal.presets import Limits, Preset
 from dualparal.request import (
@@ -46,6 +48,10 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
     "num_cat": ([0, 8, 1024], [-1, 1025, 0.5]),
     "max_in_flight": ([1, 3, 1024], [0, -1, 1025, 1.5]),
     "stagger": ([1, 16, 1000], [0, -1, 1001, 1.5]),
+    "cache_interval": ([1, 2, 1000], [0, -1, 1001, 1.5]),
+    "cache_order": ([0, 1, 2], [-1, 3, 0.5]),
+    "disable_cache_before_step": ([1, 3, 1000], [0, -1, 1001, 1.5]),
+    "disable_cache_after_step": ([0, 40, 1000], [-1, 1001, 1.5]),
 }
 
 
@@ -243,12 +249,31 @@ def test_resolve_fills_everything_from_the_preset() -> None:
         "width": 64, "fps": 8, "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_scale_2": 2.5,
         "boundary_ratio": None, "flow_shift": 4.0, "seed": 5, "num_per_block": 6, "num_cat": 3, "schedule": "paper",
         "context": "recomputed", "max_in_flight": None, "stagger": None, "micro_batches": None,
-            "guidance_start": None, "guidance_stop": None,
+        "guidance_start": None, "guidance_stop": None, "cache_interval": None, "cache_order": None,
+        "disable_cache_before_step": None, "disable_cache_after_step": None,
     }  # fmt: skip
     assert resolved.is_resolved
     assert not GenerationRequest(prompt="a fox").is_resolved
     assert resolved.resolve(preset) == resolved
     assert resolved.resolve(Preset()) == resolved, "a stored request does not depend on the preset any more"
+
+
+@pytest.mark.parametrize("interval", [None, 1])
+def test_step_caching_is_off_unless_asked_for(interval: int | None) -> None:
+    resolved = GenerationRequest(prompt="x", cache_interval=interval).resolve(PRESET)
+    assert (resolved.cache_order, resolved.disable_cache_before_step) == (None, None)
+    assert rules_of(resolved).step_cache is None
+
+
+def test_step_caching_stores_what_it_was_run_with() -> None:
+    resolved = GenerationRequest(prompt="x", cache_interval=2, num_inference_steps=20).resolve(PRESET)
+    assert (resolved.cache_order, resolved.disable_cache_before_step, resolved.disable_cache_after_step) == (1, 3, None)
+    assert rules_of(resolved).step_cache == StepCache(interval=2, max_order=1, before=3)
+    own = {"cache_order": 0, "disable_cache_before_step": 1, "disable_cache_after_step": 0}
+    given = GenerationRequest(prompt="x", cache_interval=3, **own).resolve(PRESET)
+    assert {name: getattr(given, name) for name in own} == own
+    assert rules_of(given).step_cache == StepCache(interval=3, max_order=0, before=1, after=0)
+    assert given.resolve(PRESET) == given
 
 
 def test_own_values_win() -> None:

@@ -165,6 +165,22 @@ def test_a_schedule_set_by_hand_survives_the_form(studio: Studio) -> None:
     assert studio.resolve(request) == wanted
 
 
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        {"guidance_start": 0.1, "guidance_stop": 0.7},
+        {"cache_interval": 3},
+        {"cache_interval": 2, "cache_order": 0, "disable_cache_before_step": 1, "disable_cache_after_step": 9},
+        {"cache_interval": 1, "cache_order": 2},
+    ],
+)
+def test_what_the_form_does_not_show_survives_it(studio: Studio, hidden: dict[str, Any]) -> None:
+    wanted = studio.resolve(GenerationRequest(prompt="x", seconds=8, **hidden))
+    assert wanted.model_dump().items() >= hidden.items()
+    request, _ = form.read(studio, [update["value"] for update in form.fill(studio, wanted)])
+    assert studio.resolve(request) == wanted
+
+
 @pytest.mark.parametrize("latents_num", [1, 2, 3, 17, 400])
 def test_every_length_survives_the_slider(studio: Studio, latents_num: int) -> None:
     wanted = studio.resolve(GenerationRequest(prompt="x", latents_num=latents_num))
@@ -258,6 +274,9 @@ def test_time_is_learnt_from_finished_jobs(studio: Studio) -> None:
     one, two = (studio.estimate(asked.model_copy(update={"num_inference_steps": steps})) for steps in (20, 40))
     assert one.time_s and two.time_s and two.time_s == pytest.approx(2 * one.time_s)
     assert (one.num_frames, one.num_blocks, one.num_items) == (65, 4, 80)
+    # Of 20 steps 3 and the last are computed, and every second of the 16 between them.
+    skipping = studio.estimate(asked.model_copy(update={"cache_interval": 2}))
+    assert skipping.time_s == pytest.approx(one.time_s * 12 / 20)
 
 
 def test_what_cannot_fit_is_refused_with_the_number(studio: Studio, engine: FakeEngine) -> None:
