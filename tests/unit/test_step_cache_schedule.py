@@ -15,7 +15,7 @@ from dualparal.core.schedule import Context, Item, Rules, make_schedule
 from dualparal.core.step_cache import StepCache
 from dualparal.errors import RequestError
 from dualparal.events import Progress
-from dualparal.runtime.rank_worker import ProgressReport
+from dualparal.runtime.rank_zero import ProgressReport
 
 
 @pytest.mark.parametrize(("interval", "before", "after", "computed"), [
