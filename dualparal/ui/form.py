@@ -68,17 +68,25 @@ def build(studio: Studio) -> Form:
         # A text box: Gradio's Number shows an empty value as 0, and a browser's numbers end at 2**53.
         parts["seed"] = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, min_width=80, elem_id="seed")
         dice = gr.Button("⚄", elem_id="dice", min_width=44, scale=0)
-    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-        for name, (label, info) in ADVANCED.items():
-            if name in CHOICES:
-                value = getattr(preset, name)
-                parts[name] = gr.Dropdown(list(CHOICES[name]), value=value, label=label, info=info, filterable=False)
-            else:
-                parts[name] = gr.Slider(**at[name], label=label, info=info, visible=two or name not in TWO_EXPERTS)
-        with gr.Row(elem_classes="size-row"):
-            for name, label in (("width", "Width"), ("height", "Height")):
-                parts[name] = gr.Number(getattr(preset, name), label=label, precision=0, minimum=16, min_width=80)
+    with gr.Column(elem_id="advanced"):
+        # Not an Accordion. Gradio makes what is in a closed one when it is opened, and a moment later sets it to the values it
+        # had: what was typed in between is gone (seen after 40 ms, on a busy machine 200). Here style.css hides the parts.
+        gr.HTML("<details><summary>Advanced</summary></details>", apply_default_css=False)
+        with gr.Column(elem_id="advanced-parts"):
+            _advanced(parts, preset, at, two)
     return Form(parts, dice)
+
+
+def _advanced(parts: dict[str, Any], preset: Preset, at: dict[str, dict[str, Any]], two: bool) -> None:
+    for name, (label, info) in ADVANCED.items():
+        if name in CHOICES:
+            value = getattr(preset, name)
+            parts[name] = gr.Dropdown(list(CHOICES[name]), value=value, label=label, info=info, filterable=False)
+        else:
+            parts[name] = gr.Slider(**at[name], label=label, info=info, visible=two or name not in TWO_EXPERTS)
+    with gr.Row(elem_classes="size-row"):
+        for name, label in (("width", "Width"), ("height", "Height")):
+            parts[name] = gr.Number(getattr(preset, name), label=label, precision=0, minimum=16, min_width=80)
 
 
 ADVANCED = {

@@ -208,7 +208,7 @@ def test_two_tabs_of_one_visitor_do_not_disturb_each_other(visit: Any, server: S
 
 def test_settings_come_back_from_an_mp4_and_from_the_gallery(visit: Any, server: Server, tmp_path: Path) -> None:
     page = visit()
-    page.click("#advanced button")
+    page.click("#advanced summary")
     page.fill("#advanced [aria-label*='Denoising steps'][type=number]", "7")
     page.keyboard.press("Tab")
     ask(page, "to be made again", 3, "31415")
@@ -221,7 +221,7 @@ def test_settings_come_back_from_an_mp4_and_from_the_gallery(visit: Any, server:
     fresh.wait_for_function("document.querySelector('#prompt textarea').value === 'to be made again'")
     assert fresh.input_value("#seed :is(input, textarea)") == "31415"
     assert fresh.input_value("#seconds input[type=number]") == "3"
-    fresh.click("#advanced button")
+    fresh.click("#advanced summary")
     assert fresh.input_value("#advanced [aria-label*='Denoising steps'][type=number]") == "7"
 
     (tmp_path / "other.mp4").write_bytes(b"\0" * 5000)
@@ -231,6 +231,26 @@ def test_settings_come_back_from_an_mp4_and_from_the_gallery(visit: Any, server:
     page.fill("#prompt textarea", "something else")
     page.click("#gallery [data-do=reuse]")
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'to be made again'")
+
+
+def test_what_is_typed_the_moment_advanced_opens_is_kept(visit: Any, server: Server) -> None:
+    page = visit()
+    page.fill("#prompt textarea", "in a hurry")
+    page.fill("#seconds input[type=number]", "1")
+    page.evaluate(
+        """() => {
+          document.querySelector('#advanced summary').click();
+          const field = document.querySelector("#advanced [aria-label*='Denoising steps'][type=number]");
+          if (!field?.checkVisibility()) throw Error('Advanced is open and its fields are still to come');
+          field.value = '7';
+          field.dispatchEvent(new Event('input', {bubbles: true}));
+        }"""
+    )
+    page.click("#generate")
+    wait_state(page, "finished")
+    assert JobFolder(server.engine.outputs / job_of(page)).request().num_inference_steps == 7
+    page.click("#advanced summary")
+    page.wait_for_selector("#advanced-parts", state="hidden")
 
 
 def test_gallery_pages_shows_and_deletes(visit: Any, server: Server) -> None:
@@ -300,7 +320,7 @@ def test_an_example_starts_with_one_click(visit: Any, server: Server) -> None:
 
 def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path: Path) -> None:
     one = visit()
-    one.click("#advanced button")
+    one.click("#advanced summary")
     one.get_by_label("Flow shift", exact=False).first.wait_for()
     assert one.get_by_text("Switch between experts").count() == 0
     served = Server(tmp_path / "two", item_s=0.01, num_experts=2)
@@ -309,7 +329,7 @@ def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path:
     try:
         page.goto(served.url)
         page.wait_for_selector(".estimate b")
-        page.click("#advanced button")
+        page.click("#advanced summary")
         for label, value in (("Guidance, low-noise expert", "3.5"), ("Switch between experts", "0.9")):
             page.locator(f"#advanced .block:has-text('{label}') input[type=number]").first.fill(value)
             page.keyboard.press("Tab")
