@@ -91,6 +91,7 @@ class Page:
                     label="Drop a video made here to restore its settings", file_types=[".mp4"], elem_id="restore", height=72
                 )
             with gr.Column(elem_id="stage", scale=7, min_width=320):
+                own = self.studio.engine.preset
                 self.video = LiveVideo(
                     streaming=True,
                     label="Live video",
@@ -99,13 +100,14 @@ class Page:
                     interactive=False,
                     buttons=[],
                     elem_id="video",
+                    elem_classes=["square"] * (own.width < 1.3 * own.height) + ["small"] * (own.width <= 128),
                 )
                 with gr.Column(elem_id="idle") as self.idle:
                     gr.HTML(
                         "<p><b>Watch it grow.</b> Blocks of the video are denoised side by side and play here as soon as "
                         "each is ready.</p><p>Try one:</p>", apply_default_css=False,
                     )  # fmt: skip
-                    prompts = self.studio.engine.preset.examples[:4] or DEFAULT_EXAMPLES
+                    prompts = own.examples[:4] or DEFAULT_EXAMPLES
                     self.examples = [(gr.Button(f"▸ {prompt}", elem_classes="example"), prompt) for prompt in prompts]
                 self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=(HERE / "strip.js").read_text())
                 self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
