@@ -16,7 +16,7 @@ import gradio as gr
 from dualparal.errors import DualParalError, RequestError
 from dualparal.media.metadata import read_settings
 from dualparal.request import GenerationRequest
-from dualparal.ui import api, form, gallery, owners, panels
+from dualparal.ui import api, form, gallery, owners, pace, panels
 from dualparal.ui.live_video import LiveVideo
 from dualparal.ui.studio import Studio
 from dualparal.ui.watch import watch
@@ -134,7 +134,8 @@ class Page:
             self._then_follow(filled.then(self._start, [browser, *inputs], [self.job_id, self.queue], **QUIET))
         self.stop.click(self._stop, [browser, self.job_id], self.stop, queue=False, **QUIET)
         self.form.dice.click(form.roll, None, self.form.parts["seed"], queue=False, **QUIET)
-        self.form.parts["pace"].input(lambda: None, None, self.form.parts["rules"], queue=False, **QUIET)
+        rules = self.form.parts["rules"]
+        self.form.parts["pace"].input(pace.moved, rules, rules, queue=False, **QUIET)
         self.form.parts["preset"].input(self._choose_preset, self.form.parts["preset"], inputs, **QUIET)
         changes = [part.change for part in inputs[2:]]
         gr.on(changes, self._estimate, inputs, self.estimate, trigger_mode="always_last", **IN_ORDER, **QUIET)

@@ -94,6 +94,11 @@ def wait_state(page: Any, state: str) -> None:
     page.wait_for_selector(f".board.{state}", state="attached")
 
 
+def wait_value(page: Any, selector: str, value: str) -> None:
+    """Values that the server sends reach the fields one after another."""
+    page.wait_for_function("([selector, value]) => document.querySelector(selector)?.value === value", arg=[selector, value])
+
+
 def player(page: Any, what: str) -> Any:
     return page.evaluate(f"(() => {{ const v = {PLAYER}; return v ? {what} : null; }})()")
 
@@ -230,7 +235,34 @@ def test_settings_come_back_from_an_mp4_and_from_the_gallery(visit: Any, server:
 
     page.fill("#prompt textarea", "something else")
     page.click("#gallery [data-do=reuse]")
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'to be made again'")
+    wait_value(page, "#prompt textarea", "to be made again")
+
+
+def test_a_stored_request_survives_the_page_exactly(visit: Any, server: Server, tmp_path: Path) -> None:
+    """Values off the sliders' steps, and those that the form does not show, through an mp4 and through the gallery."""
+    fields = {
+        "prompt": "to the letter", "latents_num": 6, "fps": 24, "seed": 2**53 + 1, "num_inference_steps": 7,
+        "guidance_scale": 3.333, "guidance_start": 1 / 7, "guidance_stop": 0.8, "flow_shift": 2.7183, "num_cat": 1,
+        "schedule": "preview", "context": "cached", "max_in_flight": 3, "stagger": 2, "micro_batches": True,
+    }  # fmt: skip
+    made = server.client.predict(**fields, api_name="/generate")[1]
+    folder = JobFolder(server.engine.outputs / made["job_id"])
+    shutil.copy(folder.video, tmp_path / "mine.mp4")
+    page = visit()
+    page.set_input_files("#restore input[type=file]", tmp_path / "mine.mp4")
+    wait_value(page, "#prompt textarea", "to the letter")
+    wait_value(page, "#advanced [aria-label='Left context']", "cached")  # the last
+    page.click("#generate")
+    wait_state(page, "finished")
+    again = JobFolder(server.engine.outputs / job_of(page))
+    assert again.job_id != made["job_id"] and again.request() == folder.request()
+    page.fill("#prompt textarea", "something else")
+    page.click("#gallery [data-do=reuse]")
+    wait_value(page, "#prompt textarea", "to the letter")
+    page.click("#generate")
+    page.wait_for_function("id => document.querySelector('.board').dataset.job !== id", arg=again.job_id)
+    wait_state(page, "finished")
+    assert JobFolder(server.engine.outputs / job_of(page)).request() == folder.request()
 
 
 def test_what_is_typed_the_moment_advanced_opens_is_kept(visit: Any, server: Server) -> None:
