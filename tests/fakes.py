@@ -7,6 +7,7 @@ that the page and the API can be tried in every state. Follows `dualparal/runtim
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -120,7 +121,14 @@ class FakeJob:
 
 
 class FakeEngine:
-    """See `Engine`. `item_s`: time of one block step. A prompt with "fail" fails halfway, one with "die" kills the workers."""
+    """See `Engine`. `item_s`: time of one block step. A prompt with "fail" fails halfway, one with "die" kills the workers.
+
+    A job with `hold_at` finished blocks goes no further until that is raised (or it is stopped), so that a test need not be
+    quicker than a job. A restart takes `restart_s`. Both may be changed at any time.
+    """
+
+    hold_at = math.inf
+    restart_s = 2.0
 
     def __init__(
         self, preset: Preset = FAKE_PRESET, *, ranks: int = 2, outputs: Path | None = None, max_queue: int = 32,
@@ -216,8 +224,10 @@ class FakeEngine:
                 for place, waiting in enumerate(self._queue):
                     waiting.place(place)
             if self.state == "restarting":
-                time.sleep(2.0)
-                self.state = "ready"
+                began_s = time.monotonic()
+                while time.monotonic() - began_s < self.restart_s and self.state == "restarting":
+                    time.sleep(0.02)
+                self.state = "ready" if self.state == "restarting" else self.state
             self._wake.set()
 
     def _work(self, job: FakeJob) -> None:
@@ -236,6 +246,8 @@ class FakeEngine:
         while min(steps) < num_steps:
             in_flight = [b for b in range(min(sweep + 1, len(sizes))) if steps[b] < num_steps]
             for block in reversed(in_flight):
+                while len(blocks) >= self.hold_at and not job.stop.is_set():
+                    time.sleep(0.02)
                 if job.stop.is_set():
                     return self._end(job, "cancelled", blocks, spans, writer)
                 if "die" in job.request.prompt and done * 2 > num_items:

@@ -18,7 +18,8 @@ from dualparal.ui.studio import Studio
 SMOOTHEST, SOONEST = 0, 3
 CACHE = ("cache_interval", "cache_order", "disable_cache_before_step", "disable_cache_after_step")
 RULES = ("max_in_flight", "stagger", "micro_batches")
-UNSEEN = ("schedule", *RULES, "guidance_start", "guidance_stop", *CACHE)
+SCHEDULE = ("schedule", *RULES)
+UNSEEN = (*SCHEDULE, "fps", "guidance_start", "guidance_stop", *CACHE)
 LABEL = "Smoothest to soonest"
 INFO = "Left: all blocks are denoised together. Right: only a few at a time, so the first one plays much sooner."
 
@@ -50,8 +51,16 @@ def of_request(studio: Studio, resolved: GenerationRequest, preset_name: object)
 
 
 def exact(resolved: GenerationRequest) -> dict[str, Any]:
-    """What a stored request says that the form does not show, so that using its settings again makes the same bits."""
-    return {name: getattr(resolved, name) for name in UNSEEN}
+    """What a stored request says that the form shows inexactly or not at all, so that using it again makes the same bits."""
+    found = {name: getattr(resolved, name) for name in UNSEEN}
+    if resolved.negative_prompt == "":  # an empty box means the preset's
+        found["negative_prompt"] = ""
+    return found
+
+
+def moved(exactly: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What is left of `exact` when the slider has been moved: all but the schedule."""
+    return {name: value for name, value in (exactly or {}).items() if name not in SCHEDULE} or None
 
 
 def _most(resolved: GenerationRequest) -> int:

@@ -16,7 +16,7 @@ import gradio as gr
 from dualparal.errors import DualParalError, RequestError
 from dualparal.media.metadata import read_settings
 from dualparal.request import GenerationRequest
-from dualparal.ui import api, form, gallery, owners, panels
+from dualparal.ui import api, form, gallery, owners, pace, panels
 from dualparal.ui.live_video import LiveVideo
 from dualparal.ui.studio import Studio
 from dualparal.ui.watch import watch
@@ -91,6 +91,7 @@ class Page:
                     label="Drop a video made here to restore its settings", file_types=[".mp4"], elem_id="restore", height=72
                 )
             with gr.Column(elem_id="stage", scale=7, min_width=320):
+                own = self.studio.engine.preset
                 self.video = LiveVideo(
                     streaming=True,
                     label="Live video",
@@ -99,13 +100,14 @@ class Page:
                     interactive=False,
                     buttons=[],
                     elem_id="video",
+                    elem_classes=["square"] * (own.width < 1.3 * own.height) + ["small"] * (own.width <= 128),
                 )
                 with gr.Column(elem_id="idle") as self.idle:
                     gr.HTML(
                         "<p><b>Watch it grow.</b> Blocks of the video are denoised side by side and play here as soon as "
                         "each is ready.</p><p>Try one:</p>", apply_default_css=False,
                     )  # fmt: skip
-                    prompts = self.studio.engine.preset.examples[:4] or DEFAULT_EXAMPLES
+                    prompts = own.examples[:4] or DEFAULT_EXAMPLES
                     self.examples = [(gr.Button(f"▸ {prompt}", elem_classes="example"), prompt) for prompt in prompts]
                 self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=(HERE / "strip.js").read_text())
                 self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
@@ -132,7 +134,8 @@ class Page:
             self._then_follow(filled.then(self._start, [browser, *inputs], [self.job_id, self.queue], **QUIET))
         self.stop.click(self._stop, [browser, self.job_id], self.stop, queue=False, **QUIET)
         self.form.dice.click(form.roll, None, self.form.parts["seed"], queue=False, **QUIET)
-        self.form.parts["pace"].input(lambda: None, None, self.form.parts["rules"], queue=False, **QUIET)
+        rules = self.form.parts["rules"]
+        self.form.parts["pace"].input(pace.moved, rules, rules, queue=False, **QUIET)
         self.form.parts["preset"].input(self._choose_preset, self.form.parts["preset"], inputs, **QUIET)
         changes = [part.change for part in inputs[2:]]
         gr.on(changes, self._estimate, inputs, self.estimate, trigger_mode="always_last", **IN_ORDER, **QUIET)

@@ -40,7 +40,9 @@ def estimate_line(estimate: Estimate) -> str:
     """Frames, blocks, time and memory of the chosen settings, before Generate."""
     facts = [f"<b>{estimate.num_frames}</b> frames", f"<b>{estimate.seconds:.1f}</b> s"]
     facts.append(f"<b>{estimate.num_blocks}</b> block{'s' * (estimate.num_blocks != 1)}")
-    if estimate.time_s is not None:
+    if estimate.time_s is None:
+        facts.append("time known after the first video")
+    else:
         facts.append(f"about <b>{duration(estimate.time_s)}</b> to make")
     if estimate.bytes_per_rank is not None:
         facts.append(f"<b>{size(estimate.bytes_per_rank)}</b> per stage")
@@ -180,7 +182,7 @@ def queue(studio: Studio, owner: str, watched: str = "") -> str:
         fps = job.request.fps or 16
         running = job.state == "running"
         wait_s = None if running else studio.starts_in_s(job.id)
-        when = "running" if running else f"starts in about {duration(wait_s)}" if wait_s else f"place {place + 1}"
+        when = "running" if running else f"place {place + 1}" + (f", starts in about {duration(wait_s)}" if wait_s else "")
         long = f"{((job.request.latents_num or 1) * 4 - 3) / fps:.1f} s"
         if owner and job.owner == owner:
             name = safe(short(job.request.prompt, 70)) or "no prompt"

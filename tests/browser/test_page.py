@@ -5,6 +5,7 @@ Screenshots go to artefacts/ (not under version control). Needs Chromium with H.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import threading
@@ -94,6 +95,11 @@ def wait_state(page: Any, state: str) -> None:
     page.wait_for_selector(f".board.{state}", state="attached")
 
 
+def wait_value(page: Any, selector: str, value: str) -> None:
+    """Values that the server sends reach the fields one after another."""
+    page.wait_for_function("([selector, value]) => document.querySelector(selector)?.value === value", arg=[selector, value])
+
+
 def player(page: Any, what: str) -> Any:
     return page.evaluate(f"(() => {{ const v = {PLAYER}; return v ? {what} : null; }})()")
 
@@ -110,18 +116,21 @@ def job_of(page: Any) -> str:
 def test_live_video_plays_two_blocks_before_the_job_is_done_then_the_mp4(visit: Any, server: Server) -> None:
     page = visit()
     shoot(page, "idle")
+    server.engine.hold_at = 1  # the job waits for the player, however slow
     ask(page, "a lantern in the wind", 24)
     wait_state(page, "running")
     shoot(page, "running")
     page.wait_for_function(f"{PLAYER} && {PLAYER}.currentTime > 0.2 && {PLAYER}.src.startsWith('blob:')")
     shoot(page, "first-block")
     first = player(page, "[v.currentTime, v.buffered.end(0)]")
+    server.engine.hold_at = 4
     # Past the first block (21 frames) and the second (16 frames), with more arriving, and the job still at work.
     page.wait_for_function(f"{PLAYER}.currentTime > {37 / 16} && {PLAYER}.buffered.end(0) > {first[1] + 0.5}")
+    page.wait_for_function("parseInt(document.querySelector('.strip-scale span:nth-child(2)').innerText) >= 3")
     assert page.get_attribute(".board", "data-state") == "running", "the job was done before two blocks had been played"
-    assert int(page.inner_text(".strip-scale span:nth-child(2)").split()[0]) >= 3
     playhead = float(page.evaluate("getComputedStyle(document.querySelector('.strip')).getPropertyValue('--playhead')"))
     assert 0 < playhead < 1
+    server.engine.hold_at = math.inf
     wait_state(page, "finished")
     page.wait_for_function(f"{PLAYER}.src.includes('video.mp4') && {PLAYER}.currentTime > 1 && {PLAYER}.duration > 24")
     shoot(page, "done", full_page=True)
@@ -137,10 +146,12 @@ def test_live_video_plays_two_blocks_before_the_job_is_done_then_the_mp4(visit: 
 
 def test_stop_keeps_the_finished_part(visit: Any, server: Server) -> None:
     page = visit()
+    server.engine.hold_at = 2
     ask(page, "a long walk", 60)
     page.wait_for_selector(".block.ready >> nth=1", state="attached")
     page.click("#stop")
     wait_state(page, "cancelled")
+    server.engine.hold_at = math.inf
     page.wait_for_selector("#stop", state="hidden")
     page.wait_for_function(f"{PLAYER}.src.includes('video.mp4') && {PLAYER}.duration > 2")
     shoot(page, "stopped", full_page=True)
@@ -152,6 +163,7 @@ def test_stop_keeps_the_finished_part(visit: Any, server: Server) -> None:
 
 def test_reload_finds_the_running_job_and_its_live_video(visit: Any, server: Server) -> None:
     page = visit()
+    server.engine.hold_at = 2
     ask(page, "still here", 40)
     page.wait_for_selector(".block.ready", state="attached")
     job_id = job_of(page)
@@ -171,6 +183,7 @@ def test_reload_finds_the_running_job_and_its_live_video(visit: Any, server: Ser
 
 def test_two_visitors_queue_and_see_only_their_own(visit: Any, server: Server) -> None:
     first, second = visit(), visit()
+    server.engine.hold_at = 1
     ask(first, "first visitor <b>in private</b>", 40)
     wait_state(first, "running")
     ask(second, "second visitor", 2)
@@ -183,6 +196,7 @@ def test_two_visitors_queue_and_see_only_their_own(visit: Any, server: Server) -
     assert "second visitor" not in first.content()
     first.click("#stop")
     wait_state(first, "cancelled")
+    server.engine.hold_at = math.inf
     wait_state(second, "finished")
     for page in (first, second):
         page.wait_for_selector("#gallery li")
@@ -192,6 +206,7 @@ def test_two_visitors_queue_and_see_only_their_own(visit: Any, server: Server) -
 
 def test_two_tabs_of_one_visitor_do_not_disturb_each_other(visit: Any, server: Server) -> None:
     first = visit()
+    server.engine.hold_at = 1
     ask(first, "tab one", 20)
     wait_state(first, "running")
     second = visit(like=first)
@@ -201,6 +216,7 @@ def test_two_tabs_of_one_visitor_do_not_disturb_each_other(visit: Any, server: S
     second.wait_for_function("sessionStorage.getItem('dualparal-job') === document.querySelector('.board').dataset.job")
     visit.reload(second)
     second.wait_for_function("document.querySelector('.asked')?.innerText.includes('tab two')")
+    server.engine.hold_at = math.inf
     wait_state(first, "finished")
     wait_state(second, "finished")
     assert "tab one" in first.inner_text(".asked") and "tab two" in second.inner_text(".asked")
@@ -208,7 +224,7 @@ def test_two_tabs_of_one_visitor_do_not_disturb_each_other(visit: Any, server: S
 
 def test_settings_come_back_from_an_mp4_and_from_the_gallery(visit: Any, server: Server, tmp_path: Path) -> None:
     page = visit()
-    page.click("#advanced button")
+    page.click("#advanced summary")
     page.fill("#advanced [aria-label*='Denoising steps'][type=number]", "7")
     page.keyboard.press("Tab")
     ask(page, "to be made again", 3, "31415")
@@ -218,11 +234,10 @@ def test_settings_come_back_from_an_mp4_and_from_the_gallery(visit: Any, server:
 
     fresh = visit()
     fresh.set_input_files("#restore input[type=file]", tmp_path / "mine.mp4")
-    fresh.wait_for_function("document.querySelector('#prompt textarea').value === 'to be made again'")
-    assert fresh.input_value("#seed :is(input, textarea)") == "31415"
-    assert fresh.input_value("#seconds input[type=number]") == "3"
-    fresh.click("#advanced button")
-    assert fresh.input_value("#advanced [aria-label*='Denoising steps'][type=number]") == "7"
+    wait_value(fresh, "#prompt textarea", "to be made again")
+    wait_value(fresh, "#seed :is(input, textarea)", "31415")
+    wait_value(fresh, "#seconds input[type=number]", "3")
+    wait_value(fresh, "#advanced [aria-label*='Denoising steps'][type=number]", "7")
 
     (tmp_path / "other.mp4").write_bytes(b"\0" * 5000)
     fresh.set_input_files("#restore input[type=file]", tmp_path / "other.mp4")
@@ -230,7 +245,54 @@ def test_settings_come_back_from_an_mp4_and_from_the_gallery(visit: Any, server:
 
     page.fill("#prompt textarea", "something else")
     page.click("#gallery [data-do=reuse]")
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'to be made again'")
+    wait_value(page, "#prompt textarea", "to be made again")
+
+
+def test_a_stored_request_survives_the_page_exactly(visit: Any, server: Server, tmp_path: Path) -> None:
+    """Values off the sliders' steps, and those that the form does not show, through an mp4 and through the gallery."""
+    fields = {
+        "prompt": "to the letter", "latents_num": 6, "fps": 24, "seed": 2**53 + 1, "num_inference_steps": 7,
+        "guidance_scale": 3.333, "guidance_start": 1 / 7, "guidance_stop": 0.8, "flow_shift": 2.7183, "num_cat": 1,
+        "schedule": "preview", "context": "cached", "max_in_flight": 3, "stagger": 2, "micro_batches": True,
+    }  # fmt: skip
+    made = server.client.predict(**fields, api_name="/generate")[1]
+    folder = JobFolder(server.engine.outputs / made["job_id"])
+    shutil.copy(folder.video, tmp_path / "mine.mp4")
+    page = visit()
+    page.set_input_files("#restore input[type=file]", tmp_path / "mine.mp4")
+    wait_value(page, "#prompt textarea", "to the letter")
+    wait_value(page, "#advanced [aria-label='Left context']", "cached")  # the last
+    page.click("#generate")
+    wait_state(page, "finished")
+    again = JobFolder(server.engine.outputs / job_of(page))
+    assert again.job_id != made["job_id"] and again.request() == folder.request()
+    page.fill("#prompt textarea", "something else")
+    page.click("#gallery [data-do=reuse]")
+    wait_value(page, "#prompt textarea", "to the letter")
+    page.click("#generate")
+    page.wait_for_function("id => document.querySelector('.board').dataset.job !== id", arg=again.job_id)
+    wait_state(page, "finished")
+    assert JobFolder(server.engine.outputs / job_of(page)).request() == folder.request()
+
+
+def test_what_is_typed_the_moment_advanced_opens_is_kept(visit: Any, server: Server) -> None:
+    page = visit()
+    page.fill("#prompt textarea", "in a hurry")
+    page.fill("#seconds input[type=number]", "1")
+    page.evaluate(
+        """() => {
+          document.querySelector('#advanced summary').click();
+          const field = document.querySelector("#advanced [aria-label*='Denoising steps'][type=number]");
+          if (!field?.checkVisibility()) throw Error('Advanced is open and its fields are still to come');
+          field.value = '7';
+          field.dispatchEvent(new Event('input', {bubbles: true}));
+        }"""
+    )
+    page.click("#generate")
+    wait_state(page, "finished")
+    assert JobFolder(server.engine.outputs / job_of(page)).request().num_inference_steps == 7
+    page.click("#advanced summary")
+    page.wait_for_selector("#advanced-parts", state="hidden")
 
 
 def test_gallery_pages_shows_and_deletes(visit: Any, server: Server) -> None:
@@ -248,19 +310,22 @@ def test_gallery_pages_shows_and_deletes(visit: Any, server: Server) -> None:
     delete = page.locator("#gallery li [data-do=remove]").nth(1)
     job_id = delete.get_attribute("data-id")
     delete.click()
+    page.wait_for_timeout(1000)
     assert (server.engine.outputs / str(job_id)).is_dir(), "one click deleted a video without asking"
-    delete.click()
+    delete.evaluate("button => { if (button.dataset.sure !== 'yes') button.click(); button.click(); }")  # it asks for 4 s only
     page.wait_for_function("document.querySelectorAll('#gallery li').length === 1")
     assert not (server.engine.outputs / str(job_id)).exists()
 
 
 def test_failure_and_restart_are_told_and_the_next_job_runs(visit: Any, server: Server) -> None:
     page = visit()
+    server.engine.restart_s = 600
     ask(page, "please die", 12)
     wait_state(page, "failed")
     assert "killed by signal 9" in page.inner_text(".headline") and page.get_attribute(".headline", "role") == "alert"
     page.wait_for_selector(".chip.restarting")
     shoot(page, "failed-restarting", full_page=True)
+    server.engine.restart_s = 0
     page.wait_for_selector(".chip.ready")
     ask(page, "works again", 1)
     wait_state(page, "finished")
@@ -300,7 +365,7 @@ def test_an_example_starts_with_one_click(visit: Any, server: Server) -> None:
 
 def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path: Path) -> None:
     one = visit()
-    one.click("#advanced button")
+    one.click("#advanced summary")
     one.get_by_label("Flow shift", exact=False).first.wait_for()
     assert one.get_by_text("Switch between experts").count() == 0
     served = Server(tmp_path / "two", item_s=0.01, num_experts=2)
@@ -309,7 +374,7 @@ def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path:
     try:
         page.goto(served.url)
         page.wait_for_selector(".estimate b")
-        page.click("#advanced button")
+        page.click("#advanced summary")
         for label, value in (("Guidance, low-noise expert", "3.5"), ("Switch between experts", "0.9")):
             page.locator(f"#advanced .block:has-text('{label}') input[type=number]").first.fill(value)
             page.keyboard.press("Tab")
@@ -326,6 +391,7 @@ def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path:
 
 def test_an_older_estimate_does_not_overwrite_a_newer(visit: Any, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     page = visit()
+    server.engine.hold_at = 1
     ask(page, "teaches the estimate", 8)
     page.wait_for_selector(".board")
     plan, slow, asked = server.engine.plan, threading.Event(), threading.Event()
@@ -338,6 +404,7 @@ def test_an_older_estimate_does_not_overwrite_a_newer(visit: Any, server: Server
 
     monkeypatch.setattr(server.engine, "plan", slowly)
     slow.set()  # the estimate that follows the end of the job takes long
+    server.engine.hold_at = math.inf
     wait_state(page, "finished")
     assert asked.wait(60)
     page.fill("#seed :is(input, textarea)", "12x")
@@ -370,6 +437,7 @@ def test_layouts(visit: Any, server: Server, width: int, height: int, dark: bool
     name = f"{width}-{'dark' if dark else 'light'}"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     shoot(page, f"idle-{name}", full_page=True)
+    server.engine.hold_at = 3
     ask(page, "a quiet harbour at dusk, boats rocking", 12)
     page.wait_for_selector(".block.ready", state="attached")
     shoot(page, f"running-{name}", full_page=True)
@@ -377,6 +445,7 @@ def test_layouts(visit: Any, server: Server, width: int, height: int, dark: bool
     if width < 500:  # the stage has been scrolled to, and Stop is within reach
         page.wait_for_function("document.querySelector('#video').getBoundingClientRect().top < innerHeight / 2")
         assert page.evaluate("document.querySelector('#stop').getBoundingClientRect().bottom <= innerHeight")
+    server.engine.hold_at = math.inf
     wait_state(page, "finished")
     page.wait_for_selector("#gallery li")
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -130,7 +130,7 @@ def test_live_video_in_the_browser(page: Any, served: Served) -> None:
 
 
 def test_stop_in_the_browser_and_the_next_job(page: Any, served: Served) -> None:
-    page.click("#advanced button")
+    page.click("#advanced summary")
     page.fill("#advanced [aria-label*='Denoising steps'][type=number]", "60")
     page.keyboard.press("Tab")
     ask(page, "too long", 100)

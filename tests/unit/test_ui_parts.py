@@ -181,6 +181,47 @@ def test_what_the_form_does_not_show_survives_it(studio: Studio, hidden: dict[st
     assert studio.resolve(request) == wanted
 
 
+@pytest.mark.parametrize("has_two", [False, True])
+def test_every_field_survives_the_form(tmp_path: Path, has_two: bool) -> None:
+    """The model of a studio of its own has a negative prompt, so that an empty one is a choice."""
+    preset = FAKE_PRESET.model_copy(update={"negative_prompt": "blurred"})
+    fields: dict[str, Any] = {
+        "prompt": "y", "negative_prompt": "", "latents_num": 23, "height": 64, "width": 128, "fps": 24,
+        "num_inference_steps": 7, "guidance_scale": 3.33, "guidance_start": 0.15, "guidance_stop": 0.8, "flow_shift": 2.718,
+        "seed": 2**60 + 1, "num_per_block": 5, "num_cat": 3, "context": "cached",
+    }  # fmt: skip
+    schedule = {"schedule": "preview", "max_in_flight": 3, "stagger": 2, "micro_batches": True}
+    if has_two:
+        fields |= {"guidance_scale_2": 2.22, "boundary_ratio": 0.8765}
+    with FakeEngine(preset, outputs=tmp_path, num_experts=1 + has_two) as engine:
+        studio = Studio(engine)  # type: ignore[arg-type]
+        whole = {"guidance_start": 0.0, "guidance_stop": 1.0}
+        for changes in [{}, fields, schedule, fields | schedule, whole, *({name: value} for name, value in fields.items())]:
+            wanted = studio.resolve(GenerationRequest(**{"prompt": "x", "seed": 1, **changes}))
+            request, _ = form.read(studio, [update["value"] for update in form.fill(studio, wanted)])
+            assert studio.resolve(request) == wanted, changes
+
+
+def test_moving_the_pace_keeps_all_but_the_schedule(studio: Studio) -> None:
+    wanted = studio.resolve(GenerationRequest(prompt="x", seconds=8, fps=24, guidance_start=0.2, schedule="preview", stagger=2))
+    values = dict(zip(form.NAMES, [update["value"] for update in form.fill(studio, wanted)], strict=True))
+    values |= {"pace": 0, "rules": pace.moved(values["rules"])}
+    request, _ = form.read(studio, [values[name] for name in form.NAMES])
+    assert studio.resolve(request) == studio.resolve(
+        wanted.model_copy(update={"schedule": "paper", "max_in_flight": None, "stagger": None, "micro_batches": None})
+    )
+    assert pace.moved(None) is None
+
+
+def test_what_one_expert_leaves_out_is_the_presets_with_two(tmp_path: Path) -> None:
+    with FakeEngine(outputs=tmp_path, num_experts=2) as engine:
+        studio = Studio(engine)  # type: ignore[arg-type]
+        stored = GenerationRequest(prompt="x").resolve(FAKE_PRESET)
+        assert stored.boundary_ratio is None
+        filled = dict(zip(form.NAMES, form.fill(studio, stored), strict=True))
+        assert filled["boundary_ratio"]["value"] == 0.875, "a slider cannot show nothing"
+
+
 @pytest.mark.parametrize("latents_num", [1, 2, 3, 17, 400])
 def test_every_length_survives_the_slider(studio: Studio, latents_num: int) -> None:
     wanted = studio.resolve(GenerationRequest(prompt="x", latents_num=latents_num))
@@ -233,6 +274,8 @@ def test_the_queue_names_only_ones_own(tmp_path: Path) -> None:
         assert "private wish" in panels.queue(studio, "me") and "Watch" in panels.queue(studio, "me")
         seen = panels.queue(studio, "you")
         assert "private wish" not in seen and mine.job_id not in seen and "Someone else" in seen
+        studio.submit(GenerationRequest(prompt="another"), owner="you")
+        assert "place 2" in panels.queue(studio, "you")
 
 
 def test_strip_is_as_wide_as_the_video_and_honest_about_its_blocks(studio: Studio) -> None:
@@ -283,7 +326,7 @@ def test_what_cannot_fit_is_refused_with_the_number(studio: Studio, engine: Fake
     asked = GenerationRequest(prompt="x", seconds=4)
     fits = studio.estimate(asked)
     assert fits.bytes_per_rank == 9_216_000 and fits.refusal is None
-    assert "9.2 MB" in panels.estimate_line(fits)
+    assert "9.2 MB" in panels.estimate_line(fits) and "time known after the first video" in panels.estimate_line(fits)
     engine.has_bytes = 10**6
     assert 'role="alert">this needs 9.2 MB and there are 1.0 MB' in panels.estimate_line(studio.estimate(asked))
     with pytest.raises(RequestError, match="needs 9\\.2 MB"):
