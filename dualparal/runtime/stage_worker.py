@@ -72,6 +72,7 @@ def run_stage(stage: RunsItems, links: Links, schedule: Schedule, spans: SpanLog
             out = stage.run(item, hidden)
         if out is not None:
             outgoing.send(pack(out))
+        incoming.give_back(message)  # `stage.run` keeps nothing of what came in
     outgoing.flush()
     spans.flush()
 
