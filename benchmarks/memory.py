@@ -14,10 +14,15 @@ from benchmarks.common import checkpoint, hardware, table
 from dualparal import Engine, GenerationRequest
 
 
+def watched(engine: Engine) -> contextlib.AbstractContextManager[dict[str, float]]:
+    """`watched_processes` of an engine's workers."""
+    return watched_processes({name: about["pid"] for name, about in engine.workers.items() if "pid" in about})
+
+
 @contextlib.contextmanager
-def watched(engine: Engine) -> Iterator[dict[str, float]]:
-    """Peak resident MiB of each rank while the body runs, sampled 50 times a second."""
-    processes = {name: psutil.Process(about["pid"]) for name, about in engine.workers.items() if "pid" in about}
+def watched_processes(pids: dict[str, int]) -> Iterator[dict[str, float]]:
+    """Peak resident MiB of each process while the body runs, sampled 50 times a second."""
+    processes = {name: psutil.Process(pid) for name, pid in pids.items()}
     peaks = dict.fromkeys(processes, 0.0)
     done = threading.Event()
 

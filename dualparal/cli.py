@@ -24,7 +24,7 @@ from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetEr
 from dualparal.events import Finished
 from dualparal.presets import find_preset, load_presets
 from dualparal.request import CONTEXTS, SCHEDULES, GenerationRequest
-from dualparal.runtime.engine_options import TEXT_ENCODER_PLACES, layer_counts
+from dualparal.runtime.engine_options import TEXT_ENCODER_PLACES
 from dualparal.runtime.journal import check_job_id, find_job, list_jobs, new_job_id, outputs_folder
 from dualparal.runtime.logs import set_up_logs
 from dualparal.runtime.torchrun import find_team
@@ -162,7 +162,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--preset", help="preset to take values (and, without --model_id, the model) from")
     engine.add_argument("--presets_folder", type=Path, help="also read presets from here")
     engine.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (GPUs) that share the model's layers")
-    engine.add_argument("--layer_split", metavar="N,N,...", help="layers per rank (default: even)")
+    engine.add_argument("--layer_split", metavar="auto|N,N,...", help="layers per rank: the fastest, or these (default: even)")
     engine.add_argument("--device", default="auto", help="auto, cpu or cuda")
     engine.add_argument("--dtype", help="dtype of the DiT: fp32, fp16, bf16 or torch's names")
     engine.add_argument("--threads", type=int, metavar="N", help="CPU threads per process")
@@ -192,7 +192,7 @@ def make_engine(options: argparse.Namespace) -> Any:
         preset = find_preset(options.preset, presets)
     return Engine(
         model, preset=preset, ranks=options.ranks, device=options.device, dtype=options.dtype, threads=options.threads,
-        layer_split=layer_counts(options.layer_split), outputs=options.outputs, verbose=options.verbose,
+        layer_split=options.layer_split, outputs=options.outputs, verbose=options.verbose,
         attention=options.attention, compile=options.compile, vae_dtype=options.vae_dtype,
         quantization=options.quantization, offload=options.offload, text_encoder=options.text_encoder, loras=options.lora,
         team=find_team(),

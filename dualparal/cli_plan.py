@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from dualparal.core.estimate import format_plan, gigabytes
-from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, plan_job, settle_text_encoder
+from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, fastest_layers, plan_job, settle_text_encoder
 from dualparal.core.proposals import Proposal, changes_in_words, propose
 from dualparal.core.rules import settle_rules
 from dualparal.core.schedule import Schedule
@@ -23,7 +24,14 @@ from dualparal.presets import Preset, find_preset, load_presets
 from dualparal.request import GenerationRequest
 from dualparal.runtime.calibration import load_speed, store_speed
 from dualparal.runtime.devices import bytes_per_device, count_gpus
-from dualparal.runtime.engine_options import QUANTIZATIONS, TEXT_ENCODER_PLACES, check_offload, dtype_name, layer_counts
+from dualparal.runtime.engine_options import (
+    AUTO_SPLIT,
+    QUANTIZATIONS,
+    TEXT_ENCODER_PLACES,
+    check_offload,
+    dtype_name,
+    layer_counts,
+)
 
 
 def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Callable[..., None]) -> None:
@@ -37,7 +45,7 @@ def add_plan_command(commands: argparse._SubParsersAction, add_request_flags: Ca
     devices.add_argument("--gpus", type=int, metavar="N", help="GPUs to plan for (default: those of this host)")
     devices.add_argument("--gpu_memory", type=float, metavar="GB", help="memory of each GPU in GB of 10^9 bytes")
     devices.add_argument("--ranks", type=int, metavar="N", help="ranks that share the layers (default: one for each GPU)")
-    devices.add_argument("--layer_split", metavar="N,N,...", help="layers per rank (default: even)")
+    devices.add_argument("--layer_split", metavar="auto|N,N,...", help="layers per rank: the fastest, or these (default: even)")
     devices.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="plan for GPUs or for this CPU")
     devices.add_argument("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
     add_low_memory_flags(devices.add_argument)
@@ -70,8 +78,12 @@ def run_plan(options: argparse.Namespace) -> int:
     )
     placement = settle_text_encoder(usual, model, placement)  # as an engine does
     speed, source = _speed(options, request, model, placement)
+    split = ""
+    if options.layer_split == AUTO_SPLIT:
+        placement = replace(placement, layers=fastest_layers(request, model, placement, speed))
+        split = f" (the fastest by {'measured times' if speed and options.flops is None else 'FLOPs'})"
     plan = plan_job(request, model, placement, speed=speed)
-    print(describe(plan, source))
+    print(describe(plan, source, split))
     if plan.refusal is None:
         return 0
     print(f"\nIt does not fit: {plan.refusal}.")
@@ -96,8 +108,8 @@ def describe_proposal(proposal: Proposal, asked: JobPlan) -> str:
     return "\n".join([f"  {proposal.flags}", *(f"      {line}" for line in (*lines, *changes_in_words(asked, plan)))])
 
 
-def describe(plan: JobPlan, speed_source: str) -> str:
-    """The plan as text: the video, where each part goes, bytes, times."""
+def describe(plan: JobPlan, speed_source: str, split_source: str = "") -> str:
+    """The plan as text: the video, where each part goes, bytes, times; `split_source` says how the layers were split."""
     request, placement, blocks = plan.request, plan.placement, plan.workload.schedule.plan
     assert request.fps
     ranks = len(placement.layers)
@@ -108,8 +120,8 @@ def describe(plan: JobPlan, speed_source: str) -> str:
         f"{blocks.num_blocks} blocks of {request.num_per_block} latents with {request.num_cat} of context, "
         f"{request.num_inference_steps} steps, {plan.workload.schedule.num_in_flight()} blocks in flight at most"
         f"{_skipping(plan.workload.schedule)}",
-        f"{ranks} rank{'s' * (ranks > 1)} with {', '.join(map(str, placement.layers))} layers in {placement.dtype}"
-        f"{_low_memory(placement)}; codec "
+        f"{ranks} rank{'s' * (ranks > 1)} with {', '.join(map(str, placement.layers))} layers{split_source} in "
+        f"{placement.dtype}{_low_memory(placement)}; codec "
         f"(text encoder, VAE in {placement.vae_dtype}) on "
         f"{where if placement.on_gpu else 'the CPU'}; the text encoder {text}",
         "",
@@ -170,7 +182,8 @@ def _placement(options: argparse.Namespace, preset: Preset, model: ModelSizes) -
     if not is_cpu and ranks > max(1, gpus):
         raise RequestError(f"ranks={ranks} needs {ranks} GPUs, there are {gpus}; use fewer ranks", "ranks")
     split = layer_counts(options.layer_split)
-    layers = split_layers(DiTSizes.of(model.config).num_layers, ranks if split is None else len(split), split)
+    given = None if isinstance(split, str) else split  # auto begins with the even split
+    layers = split_layers(DiTSizes.of(model.config).num_layers, ranks if given is None else len(given), given)
     return Placement(
         layers=tuple(len(stage) for stage in layers),
         dtype=dtype_name(options.dtype, "float32" if is_cpu else preset.dtype, "dtype"),

@@ -51,6 +51,9 @@ class LocalEdge:
         assert message.numel() == self._posted.popleft(), "a message met a receive of another size"
         return message
 
+    def give_back(self, message: torch.Tensor) -> None:
+        message.fill_(float("nan"))  # whoever still looks at it will be found out
+
     def flush(self) -> None:
         pass
 

@@ -12,8 +12,10 @@ from functools import cached_property
 from typing import Any
 
 from dualparal.core.estimate import MemoryPlan, gigabytes, memory_plan, workload_of
-from dualparal.core.event_model import Forecast
+from dualparal.core.event_model import Forecast, ItemCost, forecast
+from dualparal.core.layer_split import StepTimes, fastest_split
 from dualparal.core.rules import rules_of
+from dualparal.core.schedule import Item
 from dualparal.core.sizes import DTYPE_BYTES, PUBLISHED_MODELS, VAE_PARAMETERS, umt5_parameters
 from dualparal.core.work import Workload
 from dualparal.request import GenerationRequest, frames_of_latents
@@ -57,10 +59,17 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a device does: FLOP/s of a stage's layers, seconds of VAE decode per latent frame and output pixel."""
+    """What a device does: FLOP/s of a stage's layers, seconds of VAE decode per latent frame and output pixel.
+
+    Seconds of what the first and the last rank do besides: patch embedding per token of the window, output head per own token
+    and guidance half (None: not measured, taken by their FLOPs), and one sampler step.
+    """
 
     flops_per_s: float
     decode_s_per_pixel: float = 0.0
+    embed_s_per_token: float | None = None
+    head_s_per_token: float | None = None
+    sampler_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +125,40 @@ class JobPlan:
     @cached_property
     def forecast(self) -> Forecast | None:
         """When each block is denoised."""
-        return self.workload.forecast(self.speed.flops_per_s) if self.speed else None
+        if self.speed is None:
+            return None
+        return forecast(self.workload.schedule, len(self.placement.layers), self.cost)
+
+    def step_times(self, item: Item) -> StepTimes:
+        """Where the seconds of `item` go; FLOPs where no speed is known. Decoding is spread over a block's steps."""
+        speed, workload, request = self.speed or Speed(flops_per_s=1.0), self.workload, self.request
+        assert request.height and request.width
+        first, last = workload.embed_flops(item) / speed.flops_per_s, workload.head_flops(item) / speed.flops_per_s
+        if speed.embed_s_per_token is not None:
+            first = speed.embed_s_per_token * workload.window_tokens(item)
+        if speed.head_s_per_token is not None:
+            last = speed.head_s_per_token * workload.own_tokens(item) * workload.halves_of(item)
+        num_latents = workload.schedule.plan.lengths[item.block] * item.is_whole
+        is_run = not item.is_skipped
+        return StepTimes(
+            layer=workload.layer_flops(item) / speed.flops_per_s * is_run,
+            first=first * is_run + speed.sampler_s * item.is_whole,
+            last=last * is_run,
+            decode=speed.decode_s_per_pixel * request.height * request.width * num_latents / workload.schedule.num_steps,
+        )
+
+    @cached_property
+    def cost(self) -> ItemCost:
+        """Seconds that a rank works for an item, its share of other work on its device included."""
+        known: dict[tuple[int, ...], list[float]] = {}
+
+        def seconds(item: Item, rank: int) -> float:
+            shape = (*self.workload.shape_of(item), item.is_whole, item.is_skipped)
+            if shape not in known:
+                known[shape] = self.step_times(item).of_ranks(self.placement.layers, self.placement.codec_rank)
+            return known[shape][rank]
+
+        return seconds
 
     @cached_property
     def block_shown(self) -> tuple[float, ...] | None:
@@ -145,12 +187,12 @@ class JobPlan:
         """Seconds of the longest sweep: what the slowest stage works in it."""
         if self.speed is None:
             return None
-        cost, ranks = self.workload.cost(self.speed.flops_per_s), range(len(self.placement.layers))
+        ranks = range(len(self.placement.layers))
         sweeps: dict[int, list[float]] = {}
         for item in self.workload.schedule.items:
             worked = sweeps.setdefault(item.sweep, [0.0] * len(ranks))
             for rank in ranks:
-                worked[rank] += cost(item, rank)
+                worked[rank] += self.cost(item, rank)
         return max(max(worked) for worked in sweeps.values())
 
     @property
@@ -247,6 +289,20 @@ def balanced(plan: JobPlan, model: ModelSizes) -> JobPlan:
         if better.bytes_per_rank >= plan.bytes_per_rank:
             return plan
         plan = better
+
+
+def fastest_layers(
+    request: GenerationRequest, model: ModelSizes, placement: Placement, speed: Speed | None = None
+) -> tuple[int, ...]:
+    """The layer split whose slowest rank works least for `request`, by measured times or else by FLOPs.
+
+    Where that does not fit the devices' memory it is the split that fills the fullest one least (`balanced_layers`).
+    """
+    plan = replace(plan_job(request, model, placement, is_short=True), speed=speed)
+    total = sum((plan.step_times(item) for item in plan.workload.schedule.items), StepTimes(layer=0.0))
+    layers = fastest_split(sum(placement.layers), len(placement.layers), total, placement.codec_rank)
+    fits = moved(plan, model, replace(placement, layers=layers)).refusal is None
+    return layers if fits else balanced_layers(request, model, placement)
 
 
 def moved(plan: JobPlan, model: ModelSizes, placement: Placement) -> JobPlan:

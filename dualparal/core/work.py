@@ -49,23 +49,43 @@ class Workload:
         """Guidance halves that travel with `item`."""
         return self.num_halves if item.half is None and item.is_guided else 1
 
+    def layer_flops(self, item: Item) -> int:
+        """FLOPs of `item` in one layer."""
+        window, keys = (frames * self.tokens_per_frame for frames in query_and_key_frames(self.schedule, item))
+        return layer_flops(self.sizes, window, keys, text_tokens=self.text_tokens, num_halves=self.halves_of(item))
+
+    def embed_flops(self, item: Item) -> int:
+        """FLOPs of the patch embedding: once, both guidance halves see the same latents."""
+        return 2 * self.window_tokens(item) * self.sizes.in_channels * math.prod(self.sizes.patch_size) * self.sizes.dim
+
+    def head_flops(self, item: Item) -> int:
+        """FLOPs of the output head, which sees the own frames only."""
+        patch = math.prod(self.sizes.patch_size)
+        return self.halves_of(item) * 2 * self.own_tokens(item) * self.sizes.dim * self.sizes.out_channels * patch
+
+    def window_tokens(self, item: Item) -> int:
+        return query_and_key_frames(self.schedule, item)[0] * self.tokens_per_frame
+
+    def own_tokens(self, item: Item) -> int:
+        return self.schedule.plan.lengths[item.block] * self.tokens_per_frame
+
     def item_flops(self, item: Item) -> list[int]:
         """FLOPs of `item` on each stage; the first also embeds patches, the last has the output head."""
         if item.is_skipped:
             return [0] * len(self.layers)
-        sizes, halves = self.sizes, self.halves_of(item)
-        window, keys = (frames * self.tokens_per_frame for frames in query_and_key_frames(self.schedule, item))
-        own = self.schedule.plan.lengths[item.block] * self.tokens_per_frame
-        layer = layer_flops(sizes, window, keys, text_tokens=self.text_tokens, num_halves=halves)
-        patch = math.prod(sizes.patch_size)
+        layer = self.layer_flops(item)
         flops = [layer * count for count in self.layers]
-        flops[0] += 2 * window * sizes.in_channels * patch * sizes.dim  # once: both halves see the same latents
-        flops[-1] += halves * 2 * own * sizes.dim * sizes.out_channels * patch
+        flops[0] += self.embed_flops(item)
+        flops[-1] += self.head_flops(item)
         return flops
 
     def total_flops(self) -> int:
         """FLOPs of the whole job over all stages."""
         return sum(sum(self.item_flops(item)) for item in self.schedule.items)
+
+    def shape_of(self, item: Item) -> tuple[int, int, int, int]:
+        """What the work of `item` depends on: frames of window and keys, own frames, guidance halves."""
+        return (*query_and_key_frames(self.schedule, item), self.schedule.plan.lengths[item.block], self.halves_of(item))
 
     def cost(self, flops_per_s: float, *, overhead_s: float = 0.0) -> ItemCost:
         """Seconds of an item on a rank at `flops_per_s`, for `event_model.forecast`; `overhead_s` is added to each."""
@@ -74,7 +94,7 @@ class Workload:
         def seconds(item: Item, rank: int) -> float:
             if item.is_skipped:
                 return 0.0
-            shape = (*query_and_key_frames(self.schedule, item), self.schedule.plan.lengths[item.block], self.halves_of(item))
+            shape = self.shape_of(item)
             if shape not in known:
                 known[shape] = [overhead_s + flops / flops_per_s for flops in self.item_flops(item)]
             return known[shape][rank]

@@ -1,4 +1,5 @@
-"""Measures what this host's device does: one real layer of the model's shape with random weights, and the VAE's decoder.
+"""Measures what this host's device does: one real layer of the model's shape with random weights, what the first and the last
+rank do besides (patch embedding and sampler step, output head), and the VAE's decoder.
 
 FLOPs are counted by `core.work`, so that a plan's time is FLOPs over this rate. On a GPU the window is one of a real job; on a
 CPU it is shorter, so that a pass takes about a second.
@@ -6,19 +7,22 @@ CPU it is shorter, so that a pass takes about a second.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from dualparal.core.job_plan import Speed
+from dualparal.core.sampler import SamplerFactory
 from dualparal.core.sizes import DiTSizes
 from dualparal.core.work import layer_flops
 from dualparal.model.checkpoint import DTYPES
 from dualparal.model.feature_cache import CrossAttention, SelfAttention, Surroundings
+from dualparal.model.stage import embed_patches, output_head
 from dualparal.model.vae import StreamingDecoder
 
 TEXT_TOKENS = 512
@@ -32,12 +36,20 @@ def calibrate(
 
     The VAE has Wan's real shape and decodes `size_px` x `size_px` pixels.
     """
+    sizes, on = DiTSizes.of(config), torch.device(device)
     with torch.inference_mode():
-        flops_per_s = _layer_rate(DiTSizes.of(config), torch.device(device), DTYPES[dtype], num_tokens, attention)
-        return Speed(flops_per_s=flops_per_s, decode_s_per_pixel=_decode_rate(torch.device(device), size_px))
+        flops_per_s, tokens = _layer_rate(sizes, on, DTYPES[dtype], num_tokens, attention)
+        embed_s, head_s = _ends_s(sizes, on, DTYPES[dtype], tokens)
+        return Speed(
+            flops_per_s=flops_per_s, decode_s_per_pixel=_decode_rate(on, size_px), embed_s_per_token=embed_s,
+            head_s_per_token=head_s, sampler_s=_sampler_s(sizes, on, num_tokens),
+        )  # fmt: skip
 
 
-def _layer_rate(sizes: DiTSizes, device: torch.device, dtype: torch.dtype, num_tokens: int, attention: str | None) -> float:
+def _layer_rate(
+    sizes: DiTSizes, device: torch.device, dtype: torch.dtype, num_tokens: int, attention: str | None
+) -> tuple[float, int]:
+    """(FLOP/s of a layer, the window's tokens that it was measured with)."""
     with torch.device("meta"):
         block = WanTransformerBlock(sizes.dim, sizes.ffn_dim, sizes.num_heads, cross_attn_norm=sizes.has_cross_norm)
     block = block.to(dtype).to_empty(device=device).eval()
@@ -66,7 +78,39 @@ def _layer_rate(sizes: DiTSizes, device: torch.device, dtype: torch.dtype, num_t
     tokens = num_tokens if device.type == "cuda" else min(num_tokens, 256)
     while (seconds := seconds_of(tokens)) < ENOUGH_S / 4 and tokens < num_tokens and device.type != "cuda":
         tokens = min(2 * tokens, num_tokens)
-    return layer_flops(sizes, tokens, tokens, text_tokens=TEXT_TOKENS) / seconds
+    return layer_flops(sizes, tokens, tokens, text_tokens=TEXT_TOKENS) / seconds, tokens
+
+
+def _ends_s(sizes: DiTSizes, device: torch.device, dtype: torch.dtype, num_tokens: int) -> tuple[float, float]:
+    """Seconds of (patch embedding per token, output head per token and guidance half), of a model without layers."""
+    heads = {"num_attention_heads": sizes.num_heads, "attention_head_dim": sizes.dim // sizes.num_heads}
+    channels = {"in_channels": sizes.in_channels, "out_channels": sizes.out_channels, "patch_size": sizes.patch_size}
+    with torch.device("meta"):
+        model = WanTransformer3DModel(num_layers=0, **heads, **channels)
+    for module in (model.patch_embedding, model.proj_out):
+        module.to(dtype).to_empty(device=device)
+        for parameter in module.parameters():
+            parameter.uniform_(-0.02, 0.02)
+    model.scale_shift_table = torch.nn.Parameter(torch.randn(1, 2, sizes.dim, device=device), requires_grad=False)
+    _, patch_h, patch_w = sizes.patch_size
+    rows = max(1, math.isqrt(num_tokens // 2))
+    columns = max(1, num_tokens // rows)
+    window = torch.randn(1, sizes.in_channels, 1, rows * patch_h, columns * patch_w, device=device, dtype=dtype)
+    hidden = torch.randn(2, num_tokens, sizes.dim, device=device, dtype=dtype)
+    temb = torch.randn(1, sizes.dim, device=device)
+    embed_s = _median_s(lambda: embed_patches(model, window, 2), device) / (rows * columns)
+    return embed_s, _median_s(lambda: output_head(model, hidden, temb), device) / (2 * num_tokens)
+
+
+def _sampler_s(sizes: DiTSizes, device: torch.device, num_tokens: int) -> float:
+    """Seconds of one sampler step of latents as large as the window."""
+    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    sampler = SamplerFactory(config, num_steps=20, flow_shift=3.0, device=device).new()
+    latents = torch.randn(1, sizes.in_channels, 1, num_tokens, math.prod(sizes.patch_size), device=device)
+    prediction = torch.randn_like(latents)
+    for _ in range(2):  # from the third step on it is of full order
+        sampler.step(prediction, latents)
+    return _median_s(lambda: sampler.step(prediction, latents), device, repeats=7)
 
 
 def _decode_rate(device: torch.device, size_px: int) -> float:

@@ -192,7 +192,7 @@ class Stage:
         assert shape is not None and schedule is not None, "begin() a job first"
         model = self.models[item.expert]
         temb, timestep_proj = self._conditions[item.expert]
-        given = [self._embed(model, incoming, self._num_halves(item)) if self.is_first else incoming]
+        given = [self._embed(model, incoming, item) if self.is_first else incoming]
         around = self._surroundings(item)
         text = (shape.text_of_block[item.block], item.half if item.is_guided else 0)
         hidden = self._layers[item.expert](given, text, timestep_proj[item.step : item.step + 1], around)
@@ -222,9 +222,8 @@ class Stage:
             around.tail = slice((left + own - plan.num_left(item.block + 1)) * p, (left + own) * p)
         return around
 
-    def _embed(self, model: WanTransformer3DModel, window: torch.Tensor, num_halves: int) -> torch.Tensor:
-        tokens = model.patch_embedding(window.to(self.device, self.dtype)).flatten(2).transpose(1, 2)  # [1, n, D]
-        return tokens.expand(num_halves, -1, -1).contiguous()
+    def _embed(self, model: WanTransformer3DModel, window: torch.Tensor, item: Item) -> torch.Tensor:
+        return embed_patches(model, window.to(self.device, self.dtype), self._num_halves(item))
 
     def _predict(
         self, model: WanTransformer3DModel, item: Item, hidden: torch.Tensor, temb: torch.Tensor
@@ -234,10 +233,7 @@ class Stage:
         assert shape is not None and schedule is not None
         left, own, _ = schedule.window_frames(item)
         p = self.tokens_per_frame
-        hidden = hidden[:, left * p : (left + own) * p]
-        shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
-        hidden = (model.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
-        patches = model.proj_out(hidden).float()  # [B, own * p, ph * pw * C]
+        patches = output_head(model, hidden[:, left * p : (left + own) * p], temb)  # [B, own * p, ph * pw * C]
         _, patch_h, patch_w = self.patch_size
         rows, columns = shape.height // patch_h, shape.width // patch_w
         patches = patches.reshape(len(patches), own, rows, columns, patch_h, patch_w, -1)
@@ -258,3 +254,17 @@ class Stage:
         probe = torch.empty(1, 1, num_frames, shape.height, shape.width, device="meta")
         cos, sin = self.models[0].rope(probe)  # [1, n, 1, d], each value twice
         return torch.complex(cos[0, :, 0, 0::2].float(), sin[0, :, 0, 1::2].float()).contiguous()
+
+
+def embed_patches(model: WanTransformer3DModel, window: torch.Tensor, num_halves: int) -> torch.Tensor:
+    """Latents [1, C, F, h, w] in the model's dtype as tokens [B, n, D]: embedded once, the same for each guidance half."""
+    tokens = model.patch_embedding(window).flatten(2).transpose(1, 2)  # [1, n, D]
+    return tokens.expand(num_halves, -1, -1).contiguous()
+
+
+def output_head(model: WanTransformer3DModel, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    """Activations [B, n, D] as patches [B, n, ph * pw * C] float32; `temb` [1, D] of the step."""
+    shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+    hidden = (model.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+    patches: torch.Tensor = model.proj_out(hidden).float()
+    return patches

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ def load_speed(device: str, dtype: str, dim: int) -> Speed | None:
     if not isinstance(entry, dict):
         return None
     try:
-        return Speed(flops_per_s=float(entry["flops_per_s"]), decode_s_per_pixel=float(entry["decode_s_per_pixel"]))
-    except (KeyError, TypeError, ValueError):
+        # What an older version did not measure, or this one did not, is left to its default.
+        return Speed(**{field.name: float(entry[field.name]) for field in fields(Speed) if entry.get(field.name) is not None})
+    except (TypeError, ValueError):
         return None
 
 

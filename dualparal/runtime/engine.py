@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dualparal.core.job_plan import JobPlan, Placement, plan_job, settle_text_encoder
+from dualparal.core.job_plan import JobPlan, Placement, Speed, fastest_layers, plan_job, settle_text_encoder
 from dualparal.core.proposals import first_proposal
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
@@ -34,7 +34,13 @@ from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
 from dualparal.runtime.devices import bytes_per_device, is_on_gpu, place, place_hosts
 from dualparal.runtime.dispatcher import Dispatcher
-from dualparal.runtime.engine_options import check_offload, check_quantization, check_text_encoder, dtype_name
+from dualparal.runtime.engine_options import (
+    check_offload,
+    check_quantization,
+    check_text_encoder,
+    dtype_name,
+    layer_counts,
+)
 from dualparal.runtime.gate import Gate
 from dualparal.runtime.host import host_rank
 from dualparal.runtime.job import Job
@@ -69,7 +75,7 @@ class Engine:
         ranks: int = 1,
         device: str = "auto",
         dtype: str | None = None,
-        layer_split: Sequence[int] | None = None,
+        layer_split: Sequence[int] | str | None = None,
         preset: Preset | None = None,
         threads: int | None = None,
         outputs: str | Path | None = None,
@@ -95,8 +101,9 @@ class Engine:
         """Check everything that can be checked without loading a weight; start nothing.
 
         `model` is a preset's name, a folder in diffusers' layout, or a hub id; `device` auto, cpu or cuda; `dtype` of the DiT
-        (default: float32 on the CPU, the preset's on GPUs); `layer_split` layers per rank (default: even); `threads` CPU
-        threads per process (default: the cores shared out; equal bits on different numbers of ranks need equal threads);
+        (default: float32 on the CPU, the preset's on GPUs); `layer_split` layers per rank (default: even; "auto": the
+        fastest for the preset's video, by `plan --calibrate`'s times or else by FLOPs; bits do not depend on it); `threads`
+        CPU threads per process (default: the cores shared out; equal bits on different numbers of ranks need equal threads);
         `timeout_s` is the longest wait for another rank within a job; `attention` a backend of diffusers' dispatcher (native,
         flash, sage, ...); `compile` runs layers through torch.compile; `quantization` fp8 or int8: 8-bit weights; `offload`:
         layers wait in host memory and come to the GPU one by one; `vae_dtype` of the VAE (default: the preset's);
@@ -120,7 +127,8 @@ class Engine:
             raise RequestError(f"ranks={ranks!r} is not a number of processes; use 1 or more", "ranks")
         if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
             raise RequestError(f"replicas={replicas!r} is not a number of worker groups; use 1 or more", "replicas")
-        layers = split_layers(self.checkpoint.num_layers, ranks, layer_split)
+        counts = layer_counts(layer_split)
+        layers = split_layers(self.checkpoint.num_layers, ranks, None if isinstance(counts, str) else counts)
         local_ranks = team.local_ranks if team else ranks  # on this host
         places = [
             place_hosts(device, ranks, local_ranks) if team else place(device, ranks, replica, replicas)
@@ -149,6 +157,8 @@ class Engine:
             codec_rank=devices.index(codec_device) if devices[0] != "cpu" and codec_device in devices else None,
             on_gpu=devices[0] != "cpu", bytes_per_device=bytes_per_device(devices[0].partition(":")[0]),
         )  # fmt: skip
+        if isinstance(counts, str):
+            self._options = dataclasses.replace(self._options, layers=self._split_for_speed())
         self._admit = admit
         self._storage = Storage(self.outputs, max_disk_bytes)
         self._options = dataclasses.replace(self._options, text_encoder=self._settle_text_encoder())
@@ -186,6 +196,11 @@ class Engine:
     @property
     def dtype(self) -> str:
         return self._options.dtype
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers per rank."""
+        return self._placement.layers
 
     @property
     def threads(self) -> int:
@@ -270,9 +285,7 @@ class Engine:
 
         `is_short` leaves the times out and is quick for any length. `.refusal` is what `submit` would say.
         """
-        device = "cuda" if self._placement.on_gpu else "cpu"
-        speed = load_speed(device, self.dtype, DiTSizes.of(self._sizes.config).dim)
-        plan = plan_job(self.resolve(request), self._sizes, self._placement, speed=speed, is_short=is_short)
+        plan = plan_job(self.resolve(request), self._sizes, self._placement, speed=self._speed, is_short=is_short)
         if plan.refusal is not None and (way := first_proposal(plan.request, self._sizes, self._placement)) is not None:
             plan = dataclasses.replace(plan, way_out=way.flags)
         return plan
@@ -284,6 +297,22 @@ class Engine:
         if asked != self.text_encoder:
             log.info("text_encoder=%s: %s", asked, self.text_encoder)
         return self.text_encoder
+
+    @property
+    def _speed(self) -> Speed | None:
+        placement = self._placement
+        return load_speed("cuda" if placement.on_gpu else "cpu", placement.dtype, DiTSizes.of(self._sizes.config).dim)
+
+    def _split_for_speed(self) -> tuple[range, ...]:
+        """Settle `layer_split="auto"`, for the preset's own video. Other hosts leave it to rank 0 and are told."""
+        if self.team is not None and not self.team.is_front_end:
+            return ()
+        speed, request = self._speed, self.resolve(GenerationRequest(prompt=""))
+        counts = fastest_layers(request, self._sizes, self._placement, speed)
+        self._placement = dataclasses.replace(self._placement, layers=counts)
+        by = "measured times" if speed else "FLOPs (plan --calibrate measures this host)"
+        log.info("layer_split=auto: %s layers per rank, by %s", ",".join(map(str, counts)), by)
+        return split_layers(self.checkpoint.num_layers, self.ranks, counts)
 
     def submit(
         self,
@@ -317,8 +346,8 @@ class Engine:
             self._check_room(owner)
             folder = JobFolder.create(
                 self.outputs, job_id, resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
-                owner=owner, ranks=self.ranks, dtype=self.dtype, threads=self._options.threads, export_images=export_images,
-                text_encoder=self.text_encoder,
+                owner=owner, ranks=self.ranks, layers=self.layers, dtype=self.dtype, threads=self.threads,
+                text_encoder=self.text_encoder, export_images=export_images,
                 has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)), **self.changes(),
             )  # fmt: skip
             run = RunJob(folder.job_id, resolved, str(folder.path), return_latents, export_images, noise, cond, uncond)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 from dualparal.errors import RequestError
 
@@ -12,6 +13,7 @@ DTYPE_NAMES = {
 }  # fmt: skip
 TEXT_ENCODER_PLACES = ("auto", "keep", "free", "cpu")
 QUANTIZATIONS = ("fp8", "int8")
+AUTO_SPLIT = "auto"
 
 
 def dtype_name(given: object, default: str, field: str) -> str:
@@ -50,11 +52,14 @@ def check_offload(is_offloaded: bool, *, on_gpu: bool, quantization: str | None,
     return is_offloaded
 
 
-def layer_counts(text: str | None) -> list[int] | None:
-    """Layers per rank from a flag like "15,15"; None for None. Raises `RequestError`."""
-    if text is None:
-        return None
+def layer_counts(given: Sequence[int] | str | None) -> Sequence[int] | str | None:
+    """Layers per rank from a flag like "15,15"; counts, None and "auto" (the fastest split) as they are. Raises
+    `RequestError`."""
+    if given is None or not isinstance(given, str) or given == AUTO_SPLIT:
+        return given
     try:
-        return [int(part) for part in text.split(",")]
+        return [int(part) for part in given.split(",")]
     except ValueError:
-        raise RequestError(f"layer_split={text!r} is not a list of counts; write e.g. 15,15", "layer_split") from None
+        raise RequestError(
+            f"layer_split={given!r} is not a list of counts; write e.g. 15,15, or auto for the fastest", "layer_split"
+        ) from None

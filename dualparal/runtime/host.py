@@ -188,6 +188,8 @@ class HostDesk:
         rank, mine = self._team.rank, self._options
         for field in dataclasses.fields(WorkerOptions):
             ours, theirs = getattr(mine, field.name), getattr(options, field.name)
+            if field.name == "layers" and not ours:  # layer_split=auto: rank 0 knows its times
+                continue
             if field.name not in OWN_FIELDS and ours != theirs:
                 raise RequestError(
                     f"rank {rank} on {socket.gethostname()} was started with {field.name}={ours}, rank 0 with {theirs}; "

@@ -94,6 +94,7 @@ def run_stage(
             save(item.sweep, stage.tails())
         if out is not None:
             outgoing.send(pack(out, signal))
+        incoming.give_back(message)  # `stage.run` keeps nothing of what came in
     outgoing.flush()
     spans.flush()
 

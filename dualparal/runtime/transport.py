@@ -2,8 +2,9 @@
 
 Rank r sends to r + 1, the last rank sends predictions back to rank 0. A rank posts the receive of its next item before it
 computes the present one; sends are asynchronous and their handles and tensors are kept until done (gloo loses the message
-otherwise). Each message ends with one element, its signal, so that Stop travels with the block step it ends, and a save with
-the last block step of its sweep.
+otherwise). Only then are they written again: a job's messages have few sizes, so that its loop allocates none. Each message
+ends with one element, its signal, so that Stop travels with the block step it ends, and a save with the last block step of its
+sweep.
 
 Nothing here is polled and nothing depends on who comes first: order is the schedule's.
 """
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_UNSENT = 2  # messages a sender holds: one that the peer is taking, one for it to go on with
 GO, STOP, SAVE = 0.0, 1.0, 2.0  # signals; each is exact in every dtype
+MAX_SPARE = 3  # buffers kept for reuse: what a stage has beside those on their way
 IDLE_TIMEOUT = datetime.timedelta(days=3650)  # an idle server must never trip a watchdog
 
 
@@ -32,13 +34,16 @@ class Edge(Protocol):
     """One directed connection of the ring, seen from one end."""
 
     def send(self, message: torch.Tensor) -> None:
-        """Start sending `message` (flat); the edge keeps it alive. The caller must not change it afterwards."""
+        """Start sending `message` (flat). It is the edge's from now on: the caller must neither change nor keep it."""
 
     def post(self, num_elements: int, dtype: torch.dtype) -> None:
         """Start receiving the next message, which will have `num_elements`."""
 
     def take(self) -> torch.Tensor:
         """Wait for the oldest posted message; raises `WorkerDied` when the peer is gone or the deadline has passed."""
+
+    def give_back(self, message: torch.Tensor) -> None:
+        """Let a taken message be overwritten: nothing may look at it, or at a view of it, from now on."""
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
@@ -56,9 +61,30 @@ class Links(Protocol):
         """Rank 0's `message`, on every rank; waits without a deadline while the engine is idle."""
 
 
+class Buffers:
+    """Flat buffers that are free to be written again: the last few, of whatever size and dtype."""
+
+    def __init__(self) -> None:
+        self._spare: deque[torch.Tensor] = deque(maxlen=MAX_SPARE)
+
+    def take(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A buffer with anything in it; a new one when there is none like it."""
+        for index, buffer in enumerate(self._spare):
+            if (buffer.numel(), buffer.dtype, buffer.device) == (num_elements, dtype, device):
+                del self._spare[index]
+                return buffer
+        return torch.empty(num_elements, dtype=dtype, device=device)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        self._spare.append(buffer)
+
+
+_buffers = Buffers()  # of this process, which is one rank
+
+
 def pack(tensor: torch.Tensor, signal: float = GO) -> torch.Tensor:
     """A flat message: the elements of `tensor`, then GO, STOP, or SAVE (what the stages hold after this block step)."""
-    message = tensor.new_empty(tensor.numel() + 1)
+    message = _buffers.take(tensor.numel() + 1, tensor.dtype, tensor.device)
     message[:-1] = tensor.reshape(-1)
     message[-1] = signal
     return message
@@ -81,11 +107,11 @@ class DistributedEdge:
     def send(self, message: torch.Tensor) -> None:
         # The peer always has the receive of the oldest one posted, so this waits for its work, never for ours.
         while len(self._sent) >= MAX_UNSENT:
-            self._wait(self._sent.popleft()[0])
+            self._await_oldest()
         self._sent.append((self._guard(lambda: dist.isend(message, self._peer, group=self._group)), message))
 
     def post(self, num_elements: int, dtype: torch.dtype) -> None:
-        buffer = torch.empty(num_elements, dtype=dtype, device=self._device)
+        buffer = _buffers.take(num_elements, dtype, self._device)
         self._posted.append((self._guard(lambda: dist.irecv(buffer, self._peer, group=self._group)), buffer))
 
     def take(self) -> torch.Tensor:
@@ -93,9 +119,17 @@ class DistributedEdge:
         self._wait(handle)
         return buffer
 
+    def give_back(self, message: torch.Tensor) -> None:
+        _buffers.give_back(message)
+
     def flush(self) -> None:
         while self._sent:
-            self._wait(self._sent.popleft()[0])
+            self._await_oldest()
+
+    def _await_oldest(self) -> None:
+        handle, message = self._sent.popleft()
+        self._wait(handle)
+        _buffers.give_back(message)
 
     def _wait(self, handle: Any) -> None:
         self._guard(lambda: handle.wait(self._timeout))

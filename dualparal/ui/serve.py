@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     page("--root_path", "--root-path", help="path behind a proxy, such as /studio")
     engine = flags.add_argument_group("the engine").add_argument
     engine("--ranks", type=int, metavar="N", help="processes (GPUs) that share the model's layers (default: 1)")
+    engine("--layer_split", "--layer-split", metavar="auto|N,N,...", help="layers per rank: fastest, or these (default: even)")
     engine("--replicas", type=int, default=1, metavar="N", help="independent groups of ranks behind one queue")
     engine("--device", default="auto", help="auto, cpu or cuda")
     engine("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
@@ -132,9 +133,9 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
         model, preset=preset, ranks=ranks, replicas=arguments.replicas, device=arguments.device,
         dtype=arguments.dtype, vae_dtype=arguments.vae_dtype, threads=arguments.threads, attention=arguments.attention,
         compile=arguments.compile, quantization=arguments.quantization, offload=arguments.offload,
-        text_encoder=arguments.text_encoder, loras=arguments.lora, outputs=arguments.outputs,
-        max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner, max_disk_bytes=max_disk_bytes, auto_resume=True,
-        team=team,
+        text_encoder=arguments.text_encoder, loras=arguments.lora, layer_split=arguments.layer_split,
+        outputs=arguments.outputs, max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner,
+        max_disk_bytes=max_disk_bytes, auto_resume=True, team=team,
     )  # fmt: skip
 
 

@@ -79,9 +79,9 @@ def test_a_short_look_sees_the_same_memory(values: dict[str, Any]) -> None:
 
 
 def test_times_follow_from_the_speed() -> None:
-    slow = plan()
-    fast = plan_job(*case(), speed=replace(SPEED, flops_per_s=4e14))
-    assert slow.sweep_s and fast.sweep_s == pytest.approx(slow.sweep_s / 2)
+    slow, half, fast = plan(), *(plan_job(*case(), speed=Speed(flops_per_s=rate)) for rate in (2e14, 4e14))
+    assert half.sweep_s and fast.sweep_s == pytest.approx(half.sweep_s / 2)
+    assert slow.sweep_s and slow.sweep_s > half.sweep_s, "decoding takes its share of the last rank's device"
     assert slow.first_frames_s and slow.total_s and slow.forecast
     decode_s = 1e-6 * 480 * 832
     assert slow.first_frames_s == pytest.approx(slow.forecast.block_done[0] + 16 * decode_s)
