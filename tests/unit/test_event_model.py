@@ -117,8 +117,11 @@ class VirtualStage:
 class NoSampler:
     timesteps = torch.zeros(1)
 
-    def new(self) -> NoSampler:
+    def new(self, max_order: int | None = None) -> NoSampler:
         return self
+
+    def note(self, prediction: torch.Tensor, mode: Any) -> None:
+        pass
 
     def step(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return latents

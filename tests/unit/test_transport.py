@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dualparal.runtime import transport
-from dualparal.runtime.transport import MAX_SPARE, MAX_UNSENT, Buffers, DistributedEdge, pack, unpack
+from dualparal.runtime.transport import GO, MAX_SPARE, MAX_UNSENT, Buffers, DistributedEdge, pack, unpack
 
 CPU = torch.device("cpu")
 SIZES = (5, 5, 5, 7, 5, 7, 7, 3)  # a job's messages have a few sizes, in any order
@@ -79,8 +79,8 @@ def test_a_message_is_whole_until_it_is_given_back(wire: LateWire) -> None:
     into.post(sizes[0] + 1, torch.float32)
     for value, size in enumerate(sizes):
         message = into.take()
-        hidden = unpack(message, (1, size))
-        assert hidden is not None
+        hidden, signal = unpack(message, (1, size))
+        assert signal == GO
         if value + 1 < len(sizes):
             into.post(sizes[value + 1] + 1, torch.float32)
         assert hidden.tolist() == [[float(value)] * size]
