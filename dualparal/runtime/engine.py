@@ -149,7 +149,7 @@ class Engine:
         self.desk = Dispatcher(
             JobQueue(max_jobs=max_queue, max_per_owner=max_per_owner),
             auto_resume=auto_resume,
-            check=lambda job: self._storage.check_free(job.request),
+            check=lambda job: self._storage.check_free(job.request, job.id),
         )
         self.replicas = tuple(
             Replica(f"replica {n}", dataclasses.replace(self._options, devices=own, codec_device=codec), self.desk)
@@ -290,7 +290,7 @@ class Engine:
         if self._admit is not None and (refused := self._admit(resolved)) is not None:
             raise RequestError(refused)
         self._check_room(owner)
-        self._storage.make_room(resolved, [job.folder.job_id for job in self.jobs()])
+        self._storage.make_room(resolved, {job.id: job.request for job in self.jobs()})
         with self.desk.changed:
             self._check_room(owner)
             folder = JobFolder.create(
@@ -313,7 +313,7 @@ class Engine:
         """
         resolved = self.resolve(request)
         self._check_room(owner)
-        self._storage.make_room(resolved, [job.folder.job_id for job in self.jobs()])
+        self._storage.make_room(resolved, {job.id: job.request for job in self.jobs()})
         return self._baselines.submit(make_baseline_folder(self, resolved, new_job_id(), owner=owner), owner)
 
     def _check_room(self, owner: str) -> None:

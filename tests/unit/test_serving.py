@@ -325,6 +325,17 @@ def test_a_full_disk_is_told_before_the_run(make: Make, notes: Notebook, monkeyp
     assert one_end(waiting) is Failed
 
 
+def test_a_quota_is_not_promised_twice(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualparal.runtime.storage.RESERVE_BYTES", 10**7)
+    with make(max_disk_bytes=25 * 10**6) as engine:
+        slow = engine.submit(wants("slow"))
+        engine.submit(wants("waits"))
+        with pytest.raises(OutputError, match="promised to jobs that have not ended"):
+            engine.submit(wants("too many"))
+        assert len(list(engine.outputs.iterdir())) == 2
+        slow.cancel()
+
+
 def test_replicas_must_be_a_count(tiny: Path) -> None:
     for wrong in (0, -1, True, 1.5):
         with pytest.raises(RequestError, match="replicas="):
