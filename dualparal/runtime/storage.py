@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from dualparal.core.rules import plan_of
 from dualparal.errors import OutputError
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.claim import is_claimed
@@ -19,15 +20,36 @@ from dualparal.runtime.journal import JobFolder, list_jobs
 
 log = logging.getLogger(__name__)
 BYTES_PER_PIXEL = 0.3  # of H.264 at the writer's quality; seen: 0.02-0.1 for pictures, 0.3 for noise
-RESERVE_BYTES = 32 * 2**20  # saved sweeps, journal, and a margin
+RESERVE_BYTES = 32 * 2**20  # journal, and a margin
+SAVED_COPIES = 4  # of a block in flight: its latents and what UniPC holds: two past predictions, the last sample
 
 
 def bytes_needed(request: GenerationRequest) -> int:
-    """What a resolved request may write: each frame twice (its segment and the mp4), finished latents, a reserve."""
+    """What a resolved request may write: each frame twice (its segment and the mp4), finished latents, two saved sweeps (the
+    new one is written before the old one goes), a reserve."""
     assert request.latents_num and request.height and request.width
-    pixels = request.height * request.width
-    latents = request.latents_num * 16 * (pixels // 64) * 4
-    return int(2 * BYTES_PER_PIXEL * frames_of_latents(request.latents_num) * pixels) + latents + RESERVE_BYTES
+    video = 2 * BYTES_PER_PIXEL * frames_of_latents(request.latents_num) * request.height * request.width
+    return int(video) + request.latents_num * _latent_bytes(request) + 2 * sweep_bytes(request) + RESERVE_BYTES
+
+
+def sweep_bytes(request: GenerationRequest) -> int:
+    """The most that one saved sweep of a resolved request takes, without the stages' K and V of a cached left context: those
+    are saved only where four times their size is free (`state.StateWriter`)."""
+    assert request.num_per_block and request.num_cat is not None and request.num_inference_steps
+    num_blocks, num_steps = plan_of(request).num_blocks, request.num_inference_steps
+    stagger = 1 if request.schedule == "paper" else request.stagger or 1
+    limit = num_blocks if request.schedule == "paper" else request.max_in_flight or 1
+    in_flight = min(num_blocks, limit, -(-num_steps // stagger))
+    # The ends of a neighbour that later items will see: one for each step it is ahead, and its head where experts change.
+    ends = in_flight * request.num_cat * (stagger + 2)
+    blocks = in_flight * request.num_per_block + request.num_cat  # the first block is longer
+    return (SAVED_COPIES * blocks + ends) * _latent_bytes(request)
+
+
+def _latent_bytes(request: GenerationRequest) -> int:
+    """Of one latent frame of a Wan VAE, float32."""
+    assert request.height and request.width
+    return 16 * (request.height * request.width // 64) * 4
 
 
 class Storage:

@@ -16,7 +16,7 @@ from dualparal.request import GenerationRequest
 from dualparal.runtime.claim import claim
 from dualparal.runtime.journal import JobFolder, list_jobs
 from dualparal.runtime.registry import all_facts, list_facts, read_facts
-from dualparal.runtime.storage import RESERVE_BYTES, Storage, bytes_needed, folder_bytes
+from dualparal.runtime.storage import RESERVE_BYTES, Storage, bytes_needed, folder_bytes, sweep_bytes
 
 REQUEST = GenerationRequest(
     prompt="a fox", latents_num=5, height=32, width=32, num_per_block=3, num_cat=1, num_inference_steps=4, schedule="paper"
@@ -165,11 +165,21 @@ def test_no_limit_deletes_nothing_and_a_full_disk_is_told(tmp_path: Path, monkey
     assert len(list(list_jobs(tmp_path))) == 1
 
 
+def test_needs_hold_two_saved_sweeps() -> None:
+    """`paper` at 480p with 50 blocks of 8 in flight: 50 x 8 latent frames of 0.4 MB, four times, and the neighbours' ends."""
+    large = {"latents_num": 500, "height": 480, "width": 832, "num_per_block": 8, "num_cat": 8, "num_inference_steps": 50}
+    request = REQUEST.model_copy(update=large)
+    assert 640e6 < sweep_bytes(request) < 2.5 * 640e6
+    few = request.model_copy(update={"schedule": "preview", "max_in_flight": 3, "stagger": 16})
+    assert 3 * 8 * 4 * 400e3 < sweep_bytes(few) < sweep_bytes(request) / 5
+    assert bytes_needed(request) - bytes_needed(few) == 2 * (sweep_bytes(request) - sweep_bytes(few))
+
+
 def test_needs_grow_with_the_video() -> None:
     longer = REQUEST.model_copy(update={"latents_num": 50})
     assert RESERVE_BYTES < bytes_needed(REQUEST) < bytes_needed(longer)
-    minute = GenerationRequest(prompt="x", latents_num=241, height=480, width=832)
-    assert 100e6 < bytes_needed(minute) < 1e9
+    minute = REQUEST.model_copy(update={"latents_num": 241, "height": 480, "width": 832})
+    assert 100e6 < bytes_needed(minute) - 2 * sweep_bytes(minute) < 1e9
 
 
 def test_sizes_do_not_follow_links(tmp_path: Path) -> None:
