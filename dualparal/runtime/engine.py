@@ -20,7 +20,6 @@ from dualparal.core.job_plan import JobPlan, Placement, plan_job
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.errors import DualParalError, EngineError, RequestError
-from dualparal.events import Finished
 from dualparal.model.known import sizes_of
 from dualparal.model.layout import split_layers
 from dualparal.model.lora_source import find_loras
@@ -32,14 +31,15 @@ from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
 from dualparal.runtime.devices import bytes_per_device, place, place_hosts
 from dualparal.runtime.dispatcher import Dispatcher
-from dualparal.runtime.engine_options import check_offload, check_quantization, check_text_encoder, dtype_name
+from dualparal.runtime.engine_options import changes_of, check_offload, check_quantization, check_text_encoder, dtype_name
 from dualparal.runtime.gate import Gate
 from dualparal.runtime.host import host_rank
+from dualparal.runtime.intake import Admit, Intake
 from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
 from dualparal.runtime.journal import JobFolder, find_job, new_job_id, outputs_folder
 from dualparal.runtime.messages import RunJob, WorkerOptions
-from dualparal.runtime.recovery import cut_off, told_blocks
+from dualparal.runtime.recovery import check_can_go_on, cut_off, told_blocks
 from dualparal.runtime.replica import Replica
 from dualparal.runtime.storage import Storage
 from dualparal.runtime.tensors import checked_noise, checked_text
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 STATES = ("ready", "starting", "restarting", "failed")  # of an engine: the best of its replicas'
-# Of a job's record: what the engine was told that changes numbers.
-CHANGES = ("loras", "attention", "compile", "quantization", "vae_dtype")
 
 
 class Engine:
@@ -79,7 +77,7 @@ class Engine:
         auto_resume: bool = False,
         max_per_owner: int | None = None,
         max_disk_bytes: int | None = None,
-        admit: Callable[[GenerationRequest], str | None] | None = None,
+        admit: Admit | None = None,
         worker_hook: str | None = None,
         attention: str | None = None,
         compile: bool = False,
@@ -144,18 +142,18 @@ class Engine:
             codec_rank=devices.index(codec_device) if devices[0] != "cpu" and codec_device in devices else None,
             on_gpu=devices[0] != "cpu", bytes_per_device=bytes_per_device(devices[0].partition(":")[0]),
         )  # fmt: skip
-        self._admit = admit
-        self._storage = Storage(self.outputs, max_disk_bytes)
+        storage = Storage(self.outputs, max_disk_bytes)
         self.desk = Dispatcher(
             JobQueue(max_jobs=max_queue, max_per_owner=max_per_owner),
             auto_resume=auto_resume,
-            check=lambda job: self._storage.check_free(job.request, job.id),
+            check=lambda job: storage.check_free(job.request, job.id),
         )
         self.replicas = tuple(
             Replica(f"replica {n}", dataclasses.replace(self._options, devices=own, codec_device=codec), self.desk)
             for n, (own, codec) in enumerate(places)
         )  # each with its own `state`, `workers` and `error`
         self.desk.replicas = self.replicas
+        self._intake = Intake(self.desk, storage, admit, self.jobs)
         self._baselines = BaselineLane(devices[0], text_encoder, is_idle=lambda: not self.desk.jobs())
         self._is_started = False
 
@@ -286,17 +284,16 @@ class Engine:
         noise = checked_noise(latents, resolved, self.checkpoint)
         cond = checked_text(prompt_embeds, "prompt_embeds", self.checkpoint)
         uncond = checked_text(negative_prompt_embeds, "negative_prompt_embeds", self.checkpoint)
+        has_tensors = any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds))
         job_id = new_job_id() if job_id is None else job_id
-        if self._admit is not None and (refused := self._admit(resolved)) is not None:
-            raise RequestError(refused)
+        self._intake.check(resolved)
         self._check_room(owner)
-        self._storage.make_room(resolved, {job.id: job.request for job in self.jobs()})
+        self._intake.make_room(resolved)
         with self.desk.changed:
             self._check_room(owner)
             folder = JobFolder.create(
-                self.outputs, job_id, resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
-                owner=owner, ranks=self.ranks, dtype=self.dtype, threads=self._options.threads, export_images=export_images,
-                has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)), **self.changes(),
+                self.outputs, job_id, resolved, preset=self.preset.name, owner=owner, ranks=self.ranks,
+                export_images=export_images, has_tensors=has_tensors, **self._made_with(),
             )  # fmt: skip
             run = RunJob(folder.job_id, resolved, str(folder.path), return_latents, export_images, noise, cond, uncond)
             return self._add(run, folder, owner)
@@ -313,13 +310,13 @@ class Engine:
         """
         resolved = self.resolve(request)
         self._check_room(owner)
-        self._storage.make_room(resolved, {job.id: job.request for job in self.jobs()})
+        self._intake.make_room(resolved)
         return self._baselines.submit(make_baseline_folder(self, resolved, new_job_id(), owner=owner), owner)
 
     def _check_room(self, owner: str) -> None:
         if self.desk.is_closing or self.state in ("failed", "closed"):
             raise self._failure()
-        self.desk.queue.check_room(owner, self.desk.num_running(owner))
+        self._intake.check_room(owner)
 
     def _add(self, run: RunJob, folder: JobFolder, owner: str) -> Job:
         job = Job(run, folder, owner, self.desk.cancel, on_end=self.desk.note_end, claim=claim(folder))
@@ -330,17 +327,11 @@ class Engine:
 
     def changes(self) -> dict[str, Any]:
         """Options that change the numbers, as a job's record keeps them; empty for the model as it is."""
-        options = self._options
-        changes: dict[str, Any] = {}
-        if options.loras:
-            changes["loras"] = [lora.label for lora in options.loras]
-        for name, value, plain in (
-            ("attention", options.attention, None), ("compile", options.is_compiled, False),
-            ("quantization", options.quantization, None), ("vae_dtype", options.vae_dtype, "float32"),
-        ):  # fmt: skip
-            if value != plain:
-                changes[name] = value
-        return changes
+        return changes_of(self._options)
+
+    def _made_with(self) -> dict[str, Any]:
+        """What a job's record says of the engine that makes it, as far as bits depend on it."""
+        return {"model": str(self.checkpoint.folder), "dtype": self.dtype, "threads": self.threads, **self.changes()}
 
     def resume(self, job_id: str, *, return_latents: bool = False) -> Job:
         """Queue a job of this outputs folder again that was interrupted, stopped or failed; it goes on from its last saved
@@ -368,23 +359,8 @@ class Engine:
             known = self.desk.get(job_id)
             if known is not None and not known.has_ended:
                 raise RequestError(f"job {job_id} has not ended; there is nothing to resume", "job_id")
-            if isinstance(folder.final_event(), Finished):
-                raise RequestError(f"job {job_id} has finished; its video is {folder.video}", "job_id")
             record = folder.record()
-            if record.get("model") != str(self.checkpoint.folder) or record.get("dtype") != self.dtype:
-                raise RequestError(
-                    f"job {job_id} was made with {record.get('model')} in {record.get('dtype')}; this engine runs "
-                    f"{self.checkpoint.folder} in {self.dtype}",
-                    "job_id",
-                )
-            if (made_with := {key: record[key] for key in CHANGES if key in record}) != self.changes():
-                raise RequestError(f"job {job_id} was made with {made_with}, this engine runs {self.changes()}", "job_id")
-            if record.get("baseline"):
-                raise RequestError(f"job {job_id} was a comparison, which does not go on; start it again", "job_id")
-            if record.get("has_tensors"):
-                raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
-            if record.get("threads") != self._options.threads:
-                log.warning("job %s was begun with %s threads per process; bits may differ", job_id, record.get("threads"))
+            check_can_go_on(folder, self._made_with())
             run = RunJob(
                 job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")), is_resumed=True
             )

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from dualparal.errors import RequestError
 from dualparal.events import Failed, Queued
 from dualparal.request import GenerationRequest
-from dualparal.runtime.engine import CHANGES, Engine
+from dualparal.runtime.engine import Engine
+from dualparal.runtime.engine_options import CHANGES
 from dualparal.runtime.journal import JobFolder
 from tests.fake_group import NUM_BLOCKS, Notebook, fake_groups
 
