@@ -225,6 +225,7 @@ class Engine:
         off, so that `recover` goes on with them. May be called twice."""
         with self.desk.changed:
             self.desk.is_closing = True
+            self.desk.changed.notify_all()  # replicas that pause before the next start
         for replica in self.replicas:
             replica.wake()
         self._baselines.close()

@@ -30,3 +30,19 @@ def faults(*, rank: int | None, **parts: Any) -> None:
         return run(item, incoming)
 
     stage.begin, stage.run = begin_noting, run_with_faults
+
+
+def hangs(*, rank: int | None, **parts: Any) -> None:
+    """The codec never comes back from pictures 48 pixels wide."""
+    if rank is not None:
+        return
+    decoder = parts["decoder"]
+    decode = decoder.decode
+
+    def decode_or_hang(latents: Any) -> Any:
+        if latents.shape[-1] == 6:
+            decoder.on_frame()
+            time.sleep(10_000)
+        return decode(latents)
+
+    decoder.decode = decode_or_hang

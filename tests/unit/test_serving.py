@@ -10,15 +10,24 @@ from typing import Any
 
 import pytest
 
-from dualparal.errors import DualParalError, EngineError, JobCancelled, OutputError, QueueFull, RequestError, WorkerDied
+from dualparal.errors import (
+    DualParalError,
+    EngineError,
+    JobCancelled,
+    OutOfMemory,
+    OutputError,
+    QueueFull,
+    RequestError,
+    WorkerDied,
+)
 from dualparal.events import BlockReady, Cancelled, Failed, Finished, Interrupted, Queued, Started, event_from_json
 from dualparal.request import GenerationRequest
-from dualparal.runtime import dispatcher, recovery
+from dualparal.runtime import dispatcher, recovery, replica
 from dualparal.runtime.claim import claim, is_claimed
 from dualparal.runtime.engine import Engine
 from dualparal.runtime.job import Job
 from dualparal.runtime.journal import JobFolder
-from dualparal.runtime.messages import Span
+from dualparal.runtime.messages import Span, WorkerError
 from dualparal.runtime.registry import list_facts
 from tests.fake_group import NUM_BLOCKS, Notebook, fake_groups
 
@@ -259,6 +268,57 @@ def test_when_all_have_failed_nothing_waits_for_ever(make: Make, notes: Notebook
     with pytest.raises(WorkerDied):
         engine.wait_ready(1)
     assert engine.state == "failed"
+
+
+def test_a_codec_that_hangs_in_mid_block_is_named_and_replaced(make: Make, notes: Notebook) -> None:
+    with make() as engine:
+        stuck, after = engine.submit(wants("stuck")), engine.submit(wants("after"))
+        with pytest.raises(WorkerDied, match=r"codec has been at one step for 600 s \(decoding block 1\)"):
+            stuck.result(SECONDS)
+        assert after.result(SECONDS).num_frames == 4 * NUM_BLOCKS
+    assert one_end(stuck) is Failed and len(notes.groups) == 2
+
+
+def no_memory(number: int = 1) -> list[WorkerError]:
+    return [WorkerError("rank 0", "OutOfMemory", "rank 0 ran out of memory; use more ranks")] * number
+
+
+def test_workers_that_served_once_are_given_time_to_come_back(make: Make, notes: Notebook) -> None:
+    with make() as engine:
+        engine.submit(wants("before")).result(SECONDS)
+        notes.start_errors = no_memory(replica.MAX_FAILED_RESTARTS - 1)
+        notes.groups[-1].kill()
+        assert engine.submit(wants("after")).result(SECONDS).num_frames == 4 * NUM_BLOCKS
+        assert engine.replicas[0].num_restarts == replica.MAX_FAILED_RESTARTS
+        notes.start_errors = no_memory(replica.MAX_FAILED_RESTARTS)
+        notes.groups[-1].kill()
+        with pytest.raises(OutOfMemory):
+            engine.submit(wants("never")).result(SECONDS)
+        assert engine.state == "failed"
+
+
+def test_what_cannot_work_is_given_up_at_once(make: Make, notes: Notebook) -> None:
+    notes.start_errors = no_memory()
+    with pytest.raises(OutOfMemory):
+        make().start()
+    assert len(notes.groups) == 1, "it has never served"
+    with make() as engine:
+        notes.start_errors = [WorkerError("codec", "CheckpointError", "vae lacks a tensor; download it again")]
+        notes.groups[-1].kill()
+        until(lambda: engine.state == "failed")
+    assert len(notes.groups) == 3
+
+
+def test_an_engine_that_waits_to_start_again_can_be_closed(
+    make: Make, notes: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make() as engine:
+        monkeypatch.setattr(replica, "PAUSE_AFTER_FAILED_START_S", 600.0)
+        monkeypatch.setattr(replica, "MAX_PAUSE_S", 600.0)
+        notes.start_errors = no_memory()
+        notes.groups[-1].kill()
+        until(lambda: len(notes.groups) == 2 and notes.groups[1].is_closed and engine.state == "restarting")
+    assert engine.state == "closed"
 
 
 def test_a_fault_of_the_supervisor_is_a_death_like_any_other(
