@@ -332,7 +332,10 @@ class Engine:
 
     def _made_with(self) -> dict[str, Any]:
         """What a job's record says of the engine that makes it, as far as bits depend on it."""
-        return {"model": str(self.checkpoint.folder), "dtype": self.dtype, "threads": self.threads, **self.changes()}
+        return {
+            "model": str(self.checkpoint.folder), "dtype": self.dtype, "threads": self.threads,
+            "device": "cuda" if self._placement.on_gpu else "cpu", **self.changes(),
+        }  # fmt: skip
 
     def resume(self, job_id: str, *, return_latents: bool = False) -> Job:
         """Queue a job of this outputs folder again that was interrupted, stopped or failed; it goes on from its last saved

@@ -74,6 +74,8 @@ def check_can_go_on(folder: JobFolder, made_with: Mapping[str, Any]) -> None:
         raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
     if record.get("threads") != made_with["threads"]:
         log.warning("job %s was begun with %s threads per process; bits may differ", job_id, record.get("threads"))
+    if record.get("device", made_with["device"]) != made_with["device"]:
+        log.warning("job %s was begun on %s and goes on on %s; bits differ", job_id, record["device"], made_with["device"])
 
 
 def told_blocks(folder: JobFolder) -> list[BlockReady]:

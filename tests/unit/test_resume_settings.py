@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_other_ranks_go_on_and_other_threads_are_written_down(make: Make, caplog
     with caplog.at_level(logging.WARNING), make(threads=2) as engine:
         engine.resume(other.job_id).result(SECONDS)
     assert "1 threads per process; bits may differ" in caplog.text
+
+
+def test_another_kind_of_device_is_written_down(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    folder = cut_off(make())
+    record = folder.record()
+    assert record["device"] == "cpu"
+    (folder.path / "request.json").write_text(json.dumps({**record, "device": "cuda"}))
+    with caplog.at_level(logging.WARNING), make() as engine:
+        engine.resume(folder.job_id).result(SECONDS)
+    assert "was begun on cuda and goes on on cpu; bits differ" in caplog.text
 
 
 def test_a_restart_leaves_jobs_of_other_settings_alone(make: Make) -> None:
