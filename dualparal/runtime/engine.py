@@ -321,8 +321,8 @@ class Engine:
 
     def _add(self, run: RunJob, folder: JobFolder, owner: str) -> Job:
         job = Job(run, folder, owner, self.desk.cancel, on_end=self.desk.note_end, claim=claim(folder))
-        for event in told_blocks(folder) if run.is_resumed else ():
-            job.emit(event, is_stored=False)
+        if run.is_resumed:
+            job.tell_again(told_blocks(folder))
         self.desk.add(job)
         return job
 

@@ -51,7 +51,7 @@ class Tally:
         final, first_s = job.view().final, job.first_frames_s
         with self._lock:
             self.ends[type(final).__name__.lower()] += 1
-            self.num_frames += getattr(final, "num_frames", 0)
+            self.num_frames += max(0, getattr(final, "num_frames", 0) - job.num_frames_before)
             if isinstance(final, Finished):
                 self.denoise_s += final.timings.get("denoise_s", 0.0)
             if first_s is not None:
