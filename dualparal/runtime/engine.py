@@ -26,7 +26,7 @@ from dualparal.model.lora_source import find_loras
 from dualparal.model.source import find_model
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest
-from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, make_baseline_folder
+from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, check_fits, check_plain, make_baseline_folder
 from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
 from dualparal.runtime.devices import bytes_per_device, place, place_hosts
@@ -93,8 +93,9 @@ class Engine:
         `model` is a preset's name, a folder in diffusers' layout, or a hub id; `device` auto, cpu or cuda; `dtype` of the DiT
         (default: float32 on the CPU, the preset's on GPUs); `layer_split` layers per rank (default: even); `threads` CPU
         threads per process (default: the cores shared out; equal bits on different numbers of ranks need equal threads);
-        `timeout_s` is the longest wait for another rank within a job; `attention` a backend of diffusers' dispatcher (native,
-        flash, sage, ...); `compile` runs layers through torch.compile; `quantization` fp8 or int8: 8-bit weights; `offload`:
+        `timeout_s` is the longest wait for another rank within a job, and the longest that one block step, prompt or latent
+        frame may take before its worker counts as hung; `attention` a backend of diffusers' dispatcher (native, flash, sage,
+        ...); `compile` runs layers through torch.compile; `quantization` fp8 or int8: 8-bit weights; `offload`:
         layers wait in host memory and come to the GPU one by one; `vae_dtype` of the VAE (default: the preset's);
         `text_encoder` keep, free or cpu: where it is after encoding; `loras` "file, folder or hub id[:scale]". The last ones
         but `offload` and `text_encoder` change the numbers. Raises `RequestError`, `PresetError`, `CheckpointError`.
@@ -153,8 +154,10 @@ class Engine:
             for n, (own, codec) in enumerate(places)
         )  # each with its own `state`, `workers` and `error`
         self.desk.replicas = self.replicas
-        self._intake = Intake(self.desk, storage, admit, self.jobs)
-        self._baselines = BaselineLane(devices[0], text_encoder, is_idle=lambda: not self.desk.jobs())
+        self._baselines = BaselineLane(
+            devices[0], text_encoder, is_idle=lambda: not self.desk.jobs(), on_end=self.desk.note_end
+        )
+        self._intake = Intake(self.desk, self._baselines, storage, admit)
         self._is_started = False
 
     @property
@@ -288,10 +291,9 @@ class Engine:
         has_tensors = any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds))
         job_id = new_job_id() if job_id is None else job_id
         self._intake.check(resolved)
-        self._check_room(owner)
-        self._intake.make_room(resolved)
-        with self.desk.changed:
-            self._check_room(owner)
+        self._check_open()
+        with self._intake.taking(resolved, owner, job_id), self.desk.changed:
+            self._check_open()
             folder = JobFolder.create(
                 self.outputs, job_id, resolved, preset=self.preset.name, owner=owner, ranks=self.ranks,
                 export_images=export_images, has_tensors=has_tensors, **self._made_with(),
@@ -309,15 +311,20 @@ class Engine:
 
         It runs in a process of its own as soon as this engine has nothing to do. Raises as `submit` does.
         """
-        resolved = self.resolve(request)
-        self._check_room(owner)
-        self._intake.make_room(resolved)
-        return self._baselines.submit(make_baseline_folder(self, resolved, new_job_id(), owner=owner), owner)
+        resolved, job_id = self.resolve(request), new_job_id()
+        check_plain(self.changes())
+        check_fits(self.plan(resolved, is_short=True), self._sizes, num_replicas=self.num_replicas)
+        self._intake.check(resolved)
+        self._check_open()
+        with self._intake.taking(resolved, owner, job_id):
+            self._check_open()
+            job = self._baselines.submit(make_baseline_folder(self, resolved, job_id, owner=owner), owner)
+            self.desk.note(job)
+            return job
 
-    def _check_room(self, owner: str) -> None:
+    def _check_open(self) -> None:
         if self.desk.is_closing or self.state in ("failed", "closed"):
             raise self._failure()
-        self._intake.check_room(owner)
 
     def _add(self, run: RunJob, folder: JobFolder, owner: str) -> Job:
         job = Job(run, folder, owner, self.desk.cancel, on_end=self.desk.note_end, claim=claim(folder))
@@ -339,8 +346,11 @@ class Engine:
 
     def resume(self, job_id: str, *, return_latents: bool = False) -> Job:
         """Queue a job of this outputs folder again that was interrupted, stopped or failed; it goes on from its last saved
-        sweep and gives the bits it would have given. Raises `RequestError` when there is nothing to resume."""
-        return self._go_on(find_job(self.outputs, job_id), return_latents)
+        sweep and gives the bits it would have given. Raises `RequestError` when there is nothing to resume, and as `submit`."""
+        folder = find_job(self.outputs, job_id)
+        self._check_can_go_on(folder)  # before anything is deleted for it
+        with self._intake.taking(folder.request(), str(folder.record().get("owner", "")), job_id):
+            return self._go_on(folder, return_latents)
 
     def recover(self) -> list[Job]:
         """Queue again, the oldest first, what was waiting or running when the program last ended; returns these jobs.
@@ -355,24 +365,27 @@ class Engine:
                 log.warning("job %s is left as it is: %s", folder.job_id, error, extra={"job_id": folder.job_id})
         return found
 
+    def _check_can_go_on(self, folder: JobFolder) -> None:
+        if self.desk.is_closing or self.state == "failed" or (self._is_started and self.state == "closed"):
+            raise self._failure()
+        known = self.desk.get(folder.job_id)
+        if known is not None and not known.has_ended:
+            raise RequestError(f"job {folder.job_id} has not ended; there is nothing to resume", "job_id")
+        check_can_go_on(folder, self._made_with())
+
     def _go_on(self, folder: JobFolder, return_latents: bool = False) -> Job:
-        job_id = folder.job_id
         with self.desk.changed:
-            if self.desk.is_closing or self.state == "failed" or (self._is_started and self.state == "closed"):
-                raise self._failure()
-            known = self.desk.get(job_id)
-            if known is not None and not known.has_ended:
-                raise RequestError(f"job {job_id} has not ended; there is nothing to resume", "job_id")
+            self._check_can_go_on(folder)
             record = folder.record()
-            check_can_go_on(folder, self._made_with())
             run = RunJob(
-                job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")), is_resumed=True
-            )
+                folder.job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")),
+                is_resumed=True,
+            )  # fmt: skip
             return self._add(run, folder, str(record.get("owner", "")))
 
     def job(self, job_id: str) -> Job | None:
         """A job of this run by id; older ones are on disk (`journal.find_job`, `registry.list_facts`)."""
-        return self.desk.get(job_id) or self._baselines.get(job_id)
+        return self.desk.get(job_id)
 
     def jobs(self) -> list[Job]:
         """Jobs that have not ended: those at work first, then the queue in the order they will run."""

@@ -76,7 +76,7 @@ def metrics_text(engine: Engine) -> str:
         [({}, sum(replica.state == "ready" for replica in engine.replicas))])  # fmt: skip
     add("worker_restarts_total", "counter", "Worker groups started anew after a death.",
         [({"replica": number}, replica.num_restarts) for number, replica in enumerate(engine.replicas)])  # fmt: skip
-    add("jobs", "gauge", "Jobs that have not ended.",
+    add("jobs", "gauge", "Jobs that have not ended, comparisons included.",
         [({"state": "queued"}, len(jobs) - len(running)), ({"state": "running"}, len(running))])  # fmt: skip
     add("queue_length", "gauge", "Jobs waiting for a worker group.", [({}, len(engine.desk.queue))])
     add("jobs_submitted_total", "counter", "Jobs queued, resumed ones included.", [({}, tally.num_submitted)])

@@ -57,6 +57,8 @@ def check_can_go_on(folder: JobFolder, made_with: Mapping[str, Any]) -> None:
     """Raise `RequestError` unless an engine whose jobs are `made_with` this model and these options can go on with the job and
     give the bits it would have given."""
     job_id, record = folder.job_id, folder.record()
+    if is_claimed(folder):
+        raise RequestError(f"job {job_id} is being worked on; wait for it or stop it first", "job_id")
     if isinstance(folder.final_event(), Finished):
         raise RequestError(f"job {job_id} has finished; its video is {folder.video}", "job_id")
     if record.get("model") != made_with["model"] or record.get("dtype") != made_with["dtype"]:

@@ -385,6 +385,47 @@ def test_a_full_disk_is_told_before_the_run(make: Make, notes: Notebook, monkeyp
     assert one_end(waiting) is Failed
 
 
+def test_resuming_asks_for_room_as_submitting_does(make: Make, notes: Notebook) -> None:
+    with make(max_queue=2, max_per_owner=2) as engine:
+        left = [_left_behind(engine, f"abcde{n}", owner="anna") for n in range(3)]
+        for folder in left:
+            folder.append(Failed(job_id=folder.job_id, kind="WorkerDied", message="rank 0 was killed"))
+        running = engine.submit(wants("slow"), owner="anna")
+        until(lambda: running.state == "running")
+        first = engine.resume("abcde0")
+        with pytest.raises(QueueFull, match="you have 2 jobs"):
+            engine.resume("abcde1")
+        engine.submit(wants("other"), owner="bert")
+        first.cancel()
+        engine.submit(wants("third"), owner="carl")
+        with pytest.raises(QueueFull, match="2 jobs are waiting"):
+            engine.resume("abcde1")
+        assert isinstance(left[1].final_event(), Failed), "what was refused is as it was"
+        notes.let_go.set()
+    later = make(max_queue=0, max_per_owner=1)
+    again = [_left_behind(later, f"bbbbb{n}", owner="anna") for n in range(3)]
+    assert {job.id for job in later.recover()} >= {folder.job_id for folder in again}, "these were taken once"
+
+
+def test_resuming_asks_for_room_on_the_disk(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualparal.runtime.storage.RESERVE_BYTES", 10**7)
+    with make(max_disk_bytes=25 * 10**6) as engine:
+        old = engine.submit(wants("old"))
+        old.result(SECONDS)
+        (old.folder.path / "video.mp4").write_bytes(b"x" * 14 * 10**6)
+        mine = _left_behind(engine, "abcdef")
+        mine.append(Failed(job_id="abcdef", kind="WorkerDied", message="rank 0 was killed"))
+        (mine.path / "block_0000.ts").write_bytes(b"x" * 10**6)
+        other = _left_behind(engine, "bbbbbb", dtype="bfloat16")
+        with pytest.raises(RequestError, match="this engine runs"):
+            engine.resume(other.job_id)
+        assert old.folder.path.is_dir(), "nothing is deleted for a job that cannot go on"
+        (old.folder.path / "video.mp4").write_bytes(b"x" * 17 * 10**6)
+        old.folder.append(old.view().final)  # type: ignore[arg-type]  # its size is looked at again
+        assert engine.resume("abcdef").result(SECONDS)
+        assert not old.folder.path.exists() and mine.path.is_dir()
+
+
 def test_a_quota_is_not_promised_twice(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dualparal.runtime.storage.RESERVE_BYTES", 10**7)
     with make(max_disk_bytes=25 * 10**6) as engine:
