@@ -39,7 +39,7 @@ from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
 from dualparal.runtime.journal import JobFolder, find_job, new_job_id, outputs_folder
 from dualparal.runtime.messages import RunJob, WorkerOptions
-from dualparal.runtime.recovery import check_can_go_on, cut_off, told_blocks
+from dualparal.runtime.recovery import check_can_go_on, cut_off, told_blocks, warn_of_other_bits
 from dualparal.runtime.replica import Replica
 from dualparal.runtime.storage import Storage
 from dualparal.runtime.tensors import checked_noise, checked_text
@@ -376,6 +376,7 @@ class Engine:
     def _go_on(self, folder: JobFolder, return_latents: bool = False) -> Job:
         with self.desk.changed:
             self._check_can_go_on(folder)
+            warn_of_other_bits(folder, self._made_with())
             record = folder.record()
             run = RunJob(
                 folder.job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")),

@@ -74,6 +74,11 @@ def check_can_go_on(folder: JobFolder, made_with: Mapping[str, Any]) -> None:
         raise RequestError(f"job {job_id} was a comparison, which does not go on; start it again", "job_id")
     if record.get("has_tensors"):
         raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
+
+
+def warn_of_other_bits(folder: JobFolder, made_with: Mapping[str, Any]) -> None:
+    """Log what differs between the engine that began a job and the one that goes on with it, and may change bits."""
+    job_id, record = folder.job_id, folder.record()
     if record.get("threads") != made_with["threads"]:
         log.warning("job %s was begun with %s threads per process; bits may differ", job_id, record.get("threads"))
     if record.get("device", made_with["device"]) != made_with["device"]:

@@ -113,7 +113,7 @@ def test_other_ranks_go_on_and_other_threads_are_written_down(make: Make, caplog
     other = cut_off(make(), "abcdee")
     with caplog.at_level(logging.WARNING), make(threads=2) as engine:
         engine.resume(other.job_id).result(SECONDS)
-    assert "1 threads per process; bits may differ" in caplog.text
+    assert caplog.text.count("1 threads per process; bits may differ") == 1
 
 
 def test_another_kind_of_device_is_written_down(make: Make, caplog: pytest.LogCaptureFixture) -> None:
