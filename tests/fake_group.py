@@ -1,7 +1,7 @@
 """A worker group without processes: the front end's side of the engine at full speed, with deaths on command.
 
 It runs jobs in a thread and sends what real workers send. A job's prompt says what happens: "die" kills a worker halfway, "die
-once" only the first time, "slow" waits to be stopped.
+once" only the first time, "slow" waits to be stopped, "stuck" hangs in the codec.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ import pytest
 
 from dualparal.events import BlockReady, Progress, Started
 from dualparal.runtime import replica
-from dualparal.runtime.messages import CancelJob, Denoised, Ready, RunJob, Shutdown, VideoClosed, WorkerOptions
+from dualparal.runtime.messages import (
+    Beat,
+    CancelJob,
+    Denoised,
+    Ready,
+    RunJob,
+    Shutdown,
+    VideoClosed,
+    WorkerError,
+    WorkerOptions,
+)
 
 NUM_BLOCKS = 4
 
@@ -31,6 +41,7 @@ class Notebook:
         self.runs: list[RunJob] = []
         self.groups: list[FakeGroup] = []
         self.refuses_to_start = 0  # so many groups die before they are ready
+        self.start_errors: list[WorkerError] = []  # so many groups end with these before they are ready
         self.dead_replicas: set[str] = set()  # devices of groups that never start
         self.let_go = threading.Event()  # "slow" jobs go on
 
@@ -57,7 +68,11 @@ class FakeGroup:
             self.notebook.groups.append(self)
             cannot = self.notebook.refuses_to_start > 0 or options.codec_device in self.notebook.dead_replicas
             self.notebook.refuses_to_start -= 1
-        if cannot:
+            errors = self.notebook.start_errors
+            error = errors.pop(0) if errors and not cannot else None
+        if error is not None:
+            self._out.put(error)
+        elif cannot:
             self._dead = "rank 0"
         else:
             threading.Thread(target=self._work, daemon=True).start()
@@ -90,6 +105,7 @@ class FakeGroup:
     def _work(self) -> None:
         for name in self.processes:
             self._out.put(Ready(name, {"pid": 0}))
+            self._out.put(Beat(name, resident_bytes=2**20))
         while not isinstance(message := self.requests.get(), Shutdown):
             if isinstance(message, RunJob):
                 with self.notebook.lock:
@@ -123,6 +139,9 @@ class FakeGroup:
         is_stopped = job_id in self._stopped
         self._stopped.discard(job_id)
         self._out.put(Denoised(job_id))
+        if "stuck" in prompt:
+            self._out.put(Beat("codec", step="decoding block 1", busy_s=self.options.timeout_s + 1))
+            return
         video = Path(run.folder) / "video.mp4"
         video.write_bytes(b"video")
         self._out.put(VideoClosed(job_id, is_stopped, str(video), 4 * NUM_BLOCKS, {"denoise_s": 0.5}, None))
@@ -145,6 +164,7 @@ def fake_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notebook]:
     group = type("FakeGroup", (FakeGroup,), {"notebook": notebook})
     monkeypatch.setattr(replica, "WorkerGroup", group)
     monkeypatch.setattr(replica, "PAUSE_AFTER_FAILED_START_S", 0.01)
+    monkeypatch.setattr(replica, "MAX_PAUSE_S", 0.01)
     monkeypatch.setattr("dualparal.runtime.ending.join_finished", _joined)
     monkeypatch.setattr("dualparal.runtime.dispatcher.join_finished", _joined)
     yield notebook

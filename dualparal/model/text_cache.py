@@ -30,9 +30,10 @@ class EmbeddingCache:
         path = self._path(key)
         try:
             found = load_file(path)["embeddings"]
-            os.utime(path)  # used now
         except (OSError, SafetensorError, KeyError):
             return None
+        with contextlib.suppress(OSError):  # a folder that can only be read serves as well
+            os.utime(path)  # used now
         return found
 
     def store(self, key: str, embeddings: torch.Tensor) -> None:

@@ -7,6 +7,8 @@ de-normalisation in `WanPipeline`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -27,6 +29,7 @@ class StreamingDecoder:
         # 1 / std and a division, as WanPipeline does it, for equal bits.
         self._inverse_std = (1.0 / torch.tensor(config.latents_std, **like)).view(1, -1, 1, 1, 1)
         self._is_first = True
+        self.on_frame: Callable[[], None] = lambda: None  # called before each latent frame
         self.begin()
 
     @classmethod
@@ -57,6 +60,7 @@ class StreamingDecoder:
         x = vae.post_quant_conv(z)
         pieces = []
         for frame in x.split(1, dim=2):
+            self.on_frame()
             vae._conv_idx = [0]
             first = {"first_chunk": True} if self._is_first else {}
             pieces.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, **first))

@@ -7,17 +7,24 @@ their folder and tells here line by line. Needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualparal.errors import RequestError, WorkerDied
-from dualparal.events import Cancelled, event_from_json
+from dualparal.core.estimate import gigabytes
+from dualparal.core.job_plan import JobPlan, ModelSizes, plan_job
+from dualparal.errors import EngineError, RequestError, WorkerDied, WorkerFailed
+from dualparal.events import Cancelled, Event, event_from_json
 from dualparal.request import GenerationRequest
 from dualparal.runtime.claim import claim
 from dualparal.runtime.job import Job
@@ -27,9 +34,11 @@ from dualparal.runtime.messages import RunJob
 if TYPE_CHECKING:
     from dualparal.runtime.engine import Engine
 
+log = logging.getLogger(__name__)
 CHANGES_OF_LAYERS = {"loras", "attention", "compile", "quantization"}
 LOOK_EVERY_S = 0.3
 GRACE_S = 5.0
+SILENCE_S = 3600.0  # one step over all of a long video, or the decoding of it, takes tens of minutes
 
 
 def check_plain(changes: Mapping[str, Any]) -> None:
@@ -56,34 +65,52 @@ def baseline_command(folder: Path, device: str, text_encoder: str) -> list[str]:
     return [*module, str(folder), "--device", device, "--text_encoder", text_encoder]
 
 
+def check_fits(plan: JobPlan, sizes: ModelSizes, *, num_replicas: int = 1) -> None:
+    """Raise `RequestError` when plain Wan has no room for the request of `plan` beside the engine's own work, which may begin
+    at any time: the whole model on one device, the whole video as one block."""
+    request, placement = plan.request, plan.placement
+    whole = request.model_copy(
+        update={
+            "num_per_block": request.latents_num, "num_cat": 0, "schedule": "paper", "context": "recomputed",
+            "max_in_flight": None, "stagger": None, "micro_batches": False,
+        }
+    )  # fmt: skip
+    alone = replace(placement, layers=(sum(placement.layers),), codec_rank=0, is_offloaded=False)
+    needed, have = plan_job(whole, sizes, alone, is_short=True).bytes_per_rank, placement.bytes_per_device
+    held = plan.memory.ranks[0].total if placement.on_gpu else plan.bytes_in_all * num_replicas
+    if have is not None and needed + held > have:
+        raise RequestError(
+            f"plain Wan makes the whole video at once and needs {gigabytes(needed)} beside the engine's {gigabytes(held)}; "
+            f"there are {gigabytes(have)}: compare a shorter video or a smaller picture",
+            "latents_num",
+        )
+
+
 class BaselineLane:
     """Comparisons that wait and the one that runs. Thread-safe."""
 
-    def __init__(self, device: str, text_encoder: str, is_idle: Callable[[], bool]) -> None:
-        """`is_idle` says whether a comparison may start."""
-        self._device, self._text_encoder, self._is_idle = device, text_encoder, is_idle
+    def __init__(
+        self, device: str, text_encoder: str, is_idle: Callable[[], bool], on_end: Callable[[Job], None] = lambda _: None
+    ) -> None:
+        """`is_idle` says whether a comparison may start; `on_end` is told of each that has ended."""
+        self._device, self._text_encoder, self._is_idle, self._on_end = device, text_encoder, is_idle, on_end
         self._lock = threading.RLock()
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
-        self._process: subprocess.Popen[str] | None = None
-        self._known: dict[str, Job] = {}
+        self._process: subprocess.Popen[bytes] | None = None
         self._is_closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def submit(self, folder: JobFolder, owner: str) -> Job:
         """Queue the job of a folder just made."""
         run = RunJob(folder.job_id, folder.request(), str(folder.path))
-        job = Job(run, folder, owner, self._cancel, claim=claim(folder))
+        job = Job(run, folder, owner, self._cancel, on_end=self._on_end, claim=claim(folder))
         with self._lock:
             self._waiting.append(job)
-            self._known[job.id] = job
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="dualparal baseline", daemon=True)
                 self._thread.start()
         return job
-
-    def get(self, job_id: str) -> Job | None:
-        return self._known.get(job_id)
 
     def jobs(self) -> list[Job]:
         """Those that have not ended."""
@@ -93,9 +120,12 @@ class BaselineLane:
     def close(self) -> None:
         """End what runs; on disk it and what waits count as cut off."""
         self._is_closing.set()
+        cut_off = self.jobs()
         self._end_process()
         if self._thread is not None:
             self._thread.join()
+        for job in cut_off:
+            job.fail(EngineError("the engine was closed before the comparison was done"), is_stored=False)
 
     def _cancel(self, job: Job) -> None:
         with self._lock:
@@ -110,30 +140,66 @@ class BaselineLane:
         while not self._is_closing.wait(LOOK_EVERY_S):
             with self._lock:
                 job = self._running = self._waiting.popleft() if self._waiting and self._is_idle() else None
-            if job is not None:
+            if job is None:
+                continue
+            try:
                 self._run(job)
+            except WorkerDied as error:
+                job.fail(error)
+            except Exception as error:  # no comparison may keep the later ones from running
+                log.exception("comparison %s failed", job.id, extra={"job_id": job.id})
+                job.fail(WorkerFailed(f"the comparison failed: {type(error).__name__}: {error}"))
+            finally:
+                self._end_process()
+                with self._lock:
+                    process, self._process, self._running = self._process, None, None
+                if process is not None and process.stdin is not None and process.stdout is not None:
+                    process.stdin.close()
+                    process.stdout.close()
 
     def _run(self, job: Job) -> None:
         command = [*baseline_command(job.folder.path, self._device, self._text_encoder), "--tell"]
         with self._lock:
             if job.has_ended or self._is_closing.is_set():
                 return
-            process = self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        with process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    job.emit(event_from_json(json.loads(line)), is_stored=False)
-        with self._lock:
-            self._process = self._running = None
-        if not job.has_ended and not self._is_closing.is_set():
-            job.fail(WorkerDied(f"the baseline ended with exit code {process.returncode}"))
+            process = self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        for line in _lines(process.stdout.fileno()):
+            if (event := _event(line)) is not None:
+                job.emit(event, is_stored=False)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        if not job.has_ended and not job.is_stopping and not self._is_closing.is_set():
+            raise WorkerDied(f"the baseline ended with exit code {process.poll()}")
 
     def _end_process(self) -> None:
-        process = self._process
-        if process is not None and process.poll() is None:
+        with self._lock:
+            process = self._process
+            if process is None or process.poll() is not None:
+                return
             process.terminate()
             try:
                 process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """What comes line by line until the other side closes it. Raises `WorkerDied` when nothing does for too long."""
+    rest = b""
+    while wait([descriptor], SILENCE_S):
+        if not (chunk := os.read(descriptor, 2**16)):
+            return
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole
+    raise WorkerDied(f"the baseline has told nothing for {SILENCE_S:.0f} s")
+
+
+def _event(line: bytes) -> Event | None:
+    """The event of a line; None for what a library has written there."""
+    try:
+        return event_from_json(json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        log.debug("the baseline says: %r", line[:200])
+        return None

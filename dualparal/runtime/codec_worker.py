@@ -42,7 +42,7 @@ from dualparal.runtime.messages import (
     VideoClosed,
     WorkerOptions,
 )
-from dualparal.runtime.worker import Uplink, call_hook, describe_error, quiet_libraries, run_worker
+from dualparal.runtime.worker import Uplink, call_hook, describe_error, quiet_libraries, run_worker, working_at
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +111,12 @@ class Codec:
                 self._waiting.append(message)
 
     def _encode(self, message: EncodeText) -> None:
+        working_at("encoding a prompt")
         started_s = time.monotonic()
         arrays = tuple(self._text.encode(text).float().numpy() for text in message.texts)
         self._text.rest()
         ended_s = time.monotonic()
+        working_at(None)
         self._uplink.send(Spans(message.job_id, (Span("text", started_s, ended_s, 0, 0),)))
         self._outbox.put(Embeddings(message.job_id, arrays, ended_s - started_s))
 
@@ -134,6 +136,7 @@ class Codec:
             if isinstance(message, DecodeBlock):
                 video.add(message)
             else:
+                working_at("joining the video")
                 self._uplink.send(video.close(message))
                 self._video = None
         except (OSError, ValueError) as error:
@@ -144,6 +147,8 @@ class Codec:
             is_known = isinstance(error, OutputError)  # a full disk needs no traceback
             log.error("video of job %s failed: %s", job_id, sentence, exc_info=not is_known)
             self._uplink.send(JobError(job_id, kind, sentence))
+        finally:
+            working_at(None)
 
 
 class OpenedVideo:
@@ -168,9 +173,11 @@ class OpenedVideo:
 
         After a resume, a block whose segment is there already is decoded for the VAE's feature cache only.
         """
+        self._decoder.on_frame = lambda: working_at(f"decoding block {message.block}")
         started_s = time.monotonic()
         frames = to_uint8(self._decoder.decode(torch.from_numpy(message.latents))).numpy()
         decoded_s = time.monotonic()
+        working_at(f"writing block {message.block}")
         is_known = self.job.is_resumed and self._writer.adopt_block(len(frames)) is not None
         segment = self._writer.segments[-1] if is_known else self._writer.add_block(frames)
         encoded_s = time.monotonic()

@@ -61,6 +61,12 @@ class Dispatcher:
             self._tell_positions(is_new=job)
         self._wake()
 
+    def note(self, job: Job) -> None:
+        """Know and count a job that waits and runs elsewhere (a comparison)."""
+        with self.changed:
+            self._jobs[job.id] = job
+            self.tally.submitted()
+
     def get(self, job_id: str) -> Job | None:
         return self._jobs.get(job_id)
 

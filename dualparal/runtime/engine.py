@@ -21,7 +21,6 @@ from dualparal.core.proposals import first_proposal
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.errors import DualParalError, EngineError, RequestError
-from dualparal.events import Finished
 from dualparal.model.attention_backends import check_attention
 from dualparal.model.known import sizes_of
 from dualparal.model.layout import split_layers
@@ -29,12 +28,13 @@ from dualparal.model.lora_source import find_loras
 from dualparal.model.source import find_model
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest
-from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, make_baseline_folder
+from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, check_fits, check_plain, make_baseline_folder
 from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
 from dualparal.runtime.devices import bytes_per_device, is_on_gpu, place, place_hosts
 from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.engine_options import (
+    changes_of,
     check_offload,
     check_quantization,
     check_text_encoder,
@@ -43,11 +43,12 @@ from dualparal.runtime.engine_options import (
 )
 from dualparal.runtime.gate import Gate
 from dualparal.runtime.host import host_rank
+from dualparal.runtime.intake import Admit, Intake
 from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
 from dualparal.runtime.journal import JobFolder, find_job, new_job_id, outputs_folder
 from dualparal.runtime.messages import RunJob, WorkerOptions
-from dualparal.runtime.recovery import cut_off, told_blocks
+from dualparal.runtime.recovery import check_can_go_on, cut_off, told_blocks, warn_of_other_bits
 from dualparal.runtime.replica import Replica
 from dualparal.runtime.storage import Storage
 from dualparal.runtime.tensors import checked_noise, checked_text
@@ -58,8 +59,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 STATES = ("ready", "starting", "restarting", "failed")  # of an engine: the best of its replicas'
-# Of a job's record: what the engine was told that changes numbers.
-CHANGES = ("loras", "attention", "compile", "quantization", "vae_dtype")
 
 
 class Engine:
@@ -87,7 +86,7 @@ class Engine:
         auto_resume: bool = False,
         max_per_owner: int | None = None,
         max_disk_bytes: int | None = None,
-        admit: Callable[[GenerationRequest], str | None] | None = None,
+        admit: Admit | None = None,
         worker_hook: str | None = None,
         attention: str | None = None,
         compile: bool = False,
@@ -104,8 +103,9 @@ class Engine:
         (default: float32 on the CPU, the preset's on GPUs); `layer_split` layers per rank (default: even; "auto": the
         fastest for the preset's video, by `plan --calibrate`'s times or else by FLOPs; bits do not depend on it); `threads`
         CPU threads per process (default: the cores shared out; equal bits on different numbers of ranks need equal threads);
-        `timeout_s` is the longest wait for another rank within a job; `attention` a backend of diffusers' dispatcher (native,
-        flash, sage, ...); `compile` runs layers through torch.compile; `quantization` fp8 or int8: 8-bit weights; `offload`:
+        `timeout_s` is the longest wait for another rank within a job, and the longest that one block step, prompt or latent
+        frame may take before its worker counts as hung; `attention` a backend of diffusers' dispatcher (native, flash, sage,
+        ...); `compile` runs layers through torch.compile; `quantization` fp8 or int8: 8-bit weights; `offload`:
         layers wait in host memory and come to the GPU one by one; `vae_dtype` of the VAE (default: the preset's);
         `text_encoder` keep, free or cpu: where it is after encoding (auto: keep where the preset's video fits beside it, else
         cpu on GPUs and free on the CPU); `loras` "file, folder or hub id[:scale]". The last ones but `offload` and
@@ -159,20 +159,22 @@ class Engine:
         )  # fmt: skip
         if isinstance(counts, str):
             self._options = dataclasses.replace(self._options, layers=self._split_for_speed())
-        self._admit = admit
-        self._storage = Storage(self.outputs, max_disk_bytes)
         self._options = dataclasses.replace(self._options, text_encoder=self._settle_text_encoder())
+        storage = Storage(self.outputs, max_disk_bytes)
         self.desk = Dispatcher(
             JobQueue(max_jobs=max_queue, max_per_owner=max_per_owner),
             auto_resume=auto_resume,
-            check=lambda job: self._storage.check_free(job.request),
+            check=lambda job: storage.check_free(job.request, job.id),
         )
         self.replicas = tuple(
             Replica(f"replica {n}", dataclasses.replace(self._options, devices=own, codec_device=codec), self.desk)
             for n, (own, codec) in enumerate(places)
         )  # each with its own `state`, `workers` and `error`
         self.desk.replicas = self.replicas
-        self._baselines = BaselineLane(devices[0], self.text_encoder, is_idle=lambda: not self.desk.jobs())
+        self._baselines = BaselineLane(
+            devices[0], self.text_encoder, is_idle=lambda: not self.desk.jobs(), on_end=self.desk.note_end
+        )
+        self._intake = Intake(self.desk, self._baselines, storage, admit)
         self._is_started = False
 
     @property
@@ -253,6 +255,7 @@ class Engine:
         off, so that `recover` goes on with them. May be called twice."""
         with self.desk.changed:
             self.desk.is_closing = True
+            self.desk.changed.notify_all()  # replicas that pause before the next start
         for replica in self.replicas:
             replica.wake()
         self._baselines.close()
@@ -337,18 +340,15 @@ class Engine:
         noise = checked_noise(latents, resolved, self.checkpoint)
         cond = checked_text(prompt_embeds, "prompt_embeds", self.checkpoint)
         uncond = checked_text(negative_prompt_embeds, "negative_prompt_embeds", self.checkpoint)
+        has_tensors = any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds))
         job_id = new_job_id() if job_id is None else job_id
-        if self._admit is not None and (refused := self._admit(resolved)) is not None:
-            raise RequestError(refused)
-        self._check_room(owner)
-        self._storage.make_room(resolved, [job.folder.job_id for job in self.jobs()])
-        with self.desk.changed:
-            self._check_room(owner)
+        self._intake.check(resolved)
+        self._check_open()
+        with self._intake.taking(resolved, owner, job_id), self.desk.changed:
+            self._check_open()
             folder = JobFolder.create(
-                self.outputs, job_id, resolved, model=str(self.checkpoint.folder), preset=self.preset.name,
-                owner=owner, ranks=self.ranks, layers=self.layers, dtype=self.dtype, threads=self.threads,
-                text_encoder=self.text_encoder, export_images=export_images,
-                has_tensors=any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)), **self.changes(),
+                self.outputs, job_id, resolved, preset=self.preset.name, owner=owner, ranks=self.ranks, layers=self.layers,
+                text_encoder=self.text_encoder, export_images=export_images, has_tensors=has_tensors, **self._made_with(),
             )  # fmt: skip
             run = RunJob(folder.job_id, resolved, str(folder.path), return_latents, export_images, noise, cond, uncond)
             return self._add(run, folder, owner)
@@ -363,41 +363,46 @@ class Engine:
 
         It runs in a process of its own as soon as this engine has nothing to do. Raises as `submit` does.
         """
-        resolved = self.resolve(request)
-        self._check_room(owner)
-        self._storage.make_room(resolved, [job.folder.job_id for job in self.jobs()])
-        return self._baselines.submit(make_baseline_folder(self, resolved, new_job_id(), owner=owner), owner)
+        resolved, job_id = self.resolve(request), new_job_id()
+        check_plain(self.changes())
+        check_fits(self.plan(resolved, is_short=True), self._sizes, num_replicas=self.num_replicas)
+        self._intake.check(resolved)
+        self._check_open()
+        with self._intake.taking(resolved, owner, job_id):
+            self._check_open()
+            job = self._baselines.submit(make_baseline_folder(self, resolved, job_id, owner=owner), owner)
+            self.desk.note(job)
+            return job
 
-    def _check_room(self, owner: str) -> None:
+    def _check_open(self) -> None:
         if self.desk.is_closing or self.state in ("failed", "closed"):
             raise self._failure()
-        self.desk.queue.check_room(owner, self.desk.num_running(owner))
 
     def _add(self, run: RunJob, folder: JobFolder, owner: str) -> Job:
         job = Job(run, folder, owner, self.desk.cancel, on_end=self.desk.note_end, claim=claim(folder))
-        for event in told_blocks(folder) if run.is_resumed else ():
-            job.emit(event, is_stored=False)
+        if run.is_resumed:
+            job.tell_again(told_blocks(folder))
         self.desk.add(job)
         return job
 
     def changes(self) -> dict[str, Any]:
         """Options that change the numbers, as a job's record keeps them; empty for the model as it is."""
-        options = self._options
-        changes: dict[str, Any] = {}
-        if options.loras:
-            changes["loras"] = [lora.label for lora in options.loras]
-        for name, value, plain in (
-            ("attention", options.attention, None), ("compile", options.is_compiled, False),
-            ("quantization", options.quantization, None), ("vae_dtype", options.vae_dtype, "float32"),
-        ):  # fmt: skip
-            if value != plain:
-                changes[name] = value
-        return changes
+        return changes_of(self._options)
+
+    def _made_with(self) -> dict[str, Any]:
+        """What a job's record says of the engine that makes it, as far as bits depend on it."""
+        return {
+            "model": str(self.checkpoint.folder), "dtype": self.dtype, "threads": self.threads,
+            "device": "cuda" if self._placement.on_gpu else "cpu", **self.changes(),
+        }  # fmt: skip
 
     def resume(self, job_id: str, *, return_latents: bool = False) -> Job:
         """Queue a job of this outputs folder again that was interrupted, stopped or failed; it goes on from its last saved
-        sweep and gives the bits it would have given. Raises `RequestError` when there is nothing to resume."""
-        return self._go_on(find_job(self.outputs, job_id), return_latents)
+        sweep and gives the bits it would have given. Raises `RequestError` when there is nothing to resume, and as `submit`."""
+        folder = find_job(self.outputs, job_id)
+        self._check_can_go_on(folder)  # before anything is deleted for it
+        with self._intake.taking(folder.request(), str(folder.record().get("owner", "")), job_id):
+            return self._go_on(folder, return_latents)
 
     def recover(self) -> list[Job]:
         """Queue again, the oldest first, what was waiting or running when the program last ended; returns these jobs.
@@ -412,39 +417,28 @@ class Engine:
                 log.warning("job %s is left as it is: %s", folder.job_id, error, extra={"job_id": folder.job_id})
         return found
 
+    def _check_can_go_on(self, folder: JobFolder) -> None:
+        if self.desk.is_closing or self.state == "failed" or (self._is_started and self.state == "closed"):
+            raise self._failure()
+        known = self.desk.get(folder.job_id)
+        if known is not None and not known.has_ended:
+            raise RequestError(f"job {folder.job_id} has not ended; there is nothing to resume", "job_id")
+        check_can_go_on(folder, self._made_with())
+
     def _go_on(self, folder: JobFolder, return_latents: bool = False) -> Job:
-        job_id = folder.job_id
         with self.desk.changed:
-            if self.desk.is_closing or self.state == "failed" or (self._is_started and self.state == "closed"):
-                raise self._failure()
-            known = self.desk.get(job_id)
-            if known is not None and not known.has_ended:
-                raise RequestError(f"job {job_id} has not ended; there is nothing to resume", "job_id")
-            if isinstance(folder.final_event(), Finished):
-                raise RequestError(f"job {job_id} has finished; its video is {folder.video}", "job_id")
+            self._check_can_go_on(folder)
+            warn_of_other_bits(folder, self._made_with())
             record = folder.record()
-            if record.get("model") != str(self.checkpoint.folder) or record.get("dtype") != self.dtype:
-                raise RequestError(
-                    f"job {job_id} was made with {record.get('model')} in {record.get('dtype')}; this engine runs "
-                    f"{self.checkpoint.folder} in {self.dtype}",
-                    "job_id",
-                )
-            if (made_with := {key: record[key] for key in CHANGES if key in record}) != self.changes():
-                raise RequestError(f"job {job_id} was made with {made_with}, this engine runs {self.changes()}", "job_id")
-            if record.get("baseline"):
-                raise RequestError(f"job {job_id} was a comparison, which does not go on; start it again", "job_id")
-            if record.get("has_tensors"):
-                raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
-            if record.get("threads") != self._options.threads:
-                log.warning("job %s was begun with %s threads per process; bits may differ", job_id, record.get("threads"))
             run = RunJob(
-                job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")), is_resumed=True
-            )
+                folder.job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")),
+                is_resumed=True,
+            )  # fmt: skip
             return self._add(run, folder, str(record.get("owner", "")))
 
     def job(self, job_id: str) -> Job | None:
         """A job of this run by id; older ones are on disk (`journal.find_job`, `registry.list_facts`)."""
-        return self.desk.get(job_id) or self._baselines.get(job_id)
+        return self.desk.get(job_id)
 
     def jobs(self) -> list[Job]:
         """Jobs that have not ended: those at work first, then the queue in the order they will run."""

@@ -1,11 +1,15 @@
-"""Checks of an engine's options that need no torch, so that a wrong one is refused before any process starts."""
+"""An engine's options: checks that need no torch, so that a wrong one is refused before any process starts."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from dualparal.errors import RequestError
+
+if TYPE_CHECKING:
+    from dualparal.runtime.messages import WorkerOptions
 
 DTYPE_NAMES = {
     "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
@@ -14,6 +18,7 @@ DTYPE_NAMES = {
 TEXT_ENCODER_PLACES = ("auto", "keep", "free", "cpu")
 QUANTIZATIONS = ("fp8", "int8")
 AUTO_SPLIT = "auto"
+CHANGES = ("loras", "attention", "compile", "quantization", "vae_dtype")  # options that change a video's numbers
 
 
 def dtype_name(given: object, default: str, field: str) -> str:
@@ -50,6 +55,20 @@ def check_offload(is_offloaded: bool, *, on_gpu: bool, quantization: str | None,
     if is_offloaded and is_compiled:
         raise RequestError("offload and compile do not go together; leave one of them out", "offload")
     return is_offloaded
+
+
+def changes_of(options: WorkerOptions) -> dict[str, Any]:
+    """Those of `CHANGES` that differ from the model as it is, as a job's record keeps them."""
+    changes: dict[str, Any] = {}
+    if options.loras:
+        changes["loras"] = [lora.label for lora in options.loras]
+    for name, value, plain in (
+        ("attention", options.attention, None), ("compile", options.is_compiled, False),
+        ("quantization", options.quantization, None), ("vae_dtype", options.vae_dtype, "float32"),
+    ):  # fmt: skip
+        if value != plain:
+            changes[name] = value
+    return changes
 
 
 def layer_counts(given: Sequence[int] | str | None) -> Sequence[int] | str | None:

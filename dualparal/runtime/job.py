@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ class Job:
         self.run = run
         self.is_stopping = False  # asked to stop while it ran
         self.num_interruptions = 0
+        self.num_frames_before = 0  # of an earlier run that this one goes on with
         self._cancel, self._on_end, self._claim = cancel, on_end, claim
         self._changed = SafeCondition()
         self._events: list[Event] = []
@@ -204,6 +205,12 @@ class Job:
         self.num_interruptions += 1
         self.run = dataclasses.replace(self.run, is_resumed=True)
         self.emit(Interrupted(job_id=self.id, kind=type(error).__name__, message=str(error)))
+
+    def tell_again(self, blocks: Sequence[BlockReady]) -> None:
+        """Take up the blocks that the run before had finished, which are counted as its work."""
+        for event in blocks:
+            self.emit(event, is_stored=False)
+        self.num_frames_before = sum(event.num_frames for event in blocks)
 
     def add_spans(self, spans: tuple[Span, ...]) -> None:
         """Note when stages worked; times become seconds since submit."""

@@ -51,10 +51,11 @@ class JobQueue(Generic[T]):
         twin = self._copy()
         return iter([twin.pop() for _ in range(len(twin))])  # type: ignore[misc]
 
-    def check_room(self, owner: Hashable, num_running: int = 0) -> None:
-        """Raise `QueueFull` unless `owner`, of whom `num_running` jobs are at work, may add one."""
-        if len(self) >= self.max_jobs:
-            raise QueueFull(f"{len(self)} jobs are waiting, the most there may be; try again later")
+    def check_room(self, owner: Hashable, num_running: int = 0, *, num_elsewhere: int = 0) -> None:
+        """Raise `QueueFull` unless `owner`, of whom `num_running` jobs are at work (or wait elsewhere), may add one;
+        `num_elsewhere` jobs wait outside this queue and count with it."""
+        if (num_waiting := len(self) + num_elsewhere) >= self.max_jobs:
+            raise QueueFull(f"{num_waiting} jobs are waiting, the most there may be; try again later")
         num_open = num_running + len(self._lines.get(owner, ()))
         if self.max_per_owner is not None and num_open >= self.max_per_owner:
             raise QueueFull(

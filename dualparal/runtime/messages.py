@@ -159,10 +159,14 @@ class StorePort:
 
 @dataclass(frozen=True)
 class Beat:
-    """A worker is alive. Sent by a thread of its own about once a second; with the GPU memory it holds, if it has one."""
+    """A worker is alive. Sent by a thread of its own about once a second, so it says what the main thread is at: one `step`,
+    for `busy_s` so far. With the memory that it holds, and on a GPU, if it has one."""
 
     name: str
+    resident_bytes: int | None = None
     device_bytes: int | None = None
+    step: str = ""
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualparal.events import FINAL, Finished
+from dualparal.runtime.worker import resident_bytes
 
 if TYPE_CHECKING:
     from dualparal.runtime.engine import Engine
@@ -51,7 +51,7 @@ class Tally:
         final, first_s = job.view().final, job.first_frames_s
         with self._lock:
             self.ends[type(final).__name__.lower()] += 1
-            self.num_frames += getattr(final, "num_frames", 0)
+            self.num_frames += max(0, getattr(final, "num_frames", 0) - job.num_frames_before)
             if isinstance(final, Finished):
                 self.denoise_s += final.timings.get("denoise_s", 0.0)
             if first_s is not None:
@@ -76,7 +76,7 @@ def metrics_text(engine: Engine) -> str:
         [({}, sum(replica.state == "ready" for replica in engine.replicas))])  # fmt: skip
     add("worker_restarts_total", "counter", "Worker groups started anew after a death.",
         [({"replica": number}, replica.num_restarts) for number, replica in enumerate(engine.replicas)])  # fmt: skip
-    add("jobs", "gauge", "Jobs that have not ended.",
+    add("jobs", "gauge", "Jobs that have not ended, comparisons included.",
         [({"state": "queued"}, len(jobs) - len(running)), ({"state": "running"}, len(running))])  # fmt: skip
     add("queue_length", "gauge", "Jobs waiting for a worker group.", [({}, len(engine.desk.queue))])
     add("jobs_submitted_total", "counter", "Jobs queued, resumed ones included.", [({}, tally.num_submitted)])
@@ -90,8 +90,8 @@ def metrics_text(engine: Engine) -> str:
     add("stage_busy_ratio", "gauge", "Share of the last seconds in which a stage computed.", _busy(engine))
     add("worker_resident_bytes", "gauge", "Host memory of a worker.", _resident(engine))
     add("worker_device_bytes", "gauge", "GPU memory that a worker's torch has reserved.",
-        [({"replica": number, "worker": name}, size) for number, replica in enumerate(engine.replicas)
-         for name, size in dict(replica.device_bytes).items()])  # fmt: skip
+        [({"replica": number, "worker": name}, beat.device_bytes) for number, replica in enumerate(engine.replicas)
+         for name, beat in dict(replica.beats).items() if beat.device_bytes is not None])  # fmt: skip
     add("disk_free_bytes", "gauge", "Free space where videos are kept.", _free(engine.outputs))
     return "\n".join(lines) + "\n"
 
@@ -115,19 +115,14 @@ def _busy(engine: Engine) -> list[tuple[dict[str, Any], float]]:
 
 
 def _resident(engine: Engine) -> list[tuple[dict[str, Any], float]]:
-    found: list[tuple[dict[str, Any], float]] = [({"replica": "", "worker": "front end"}, _resident_bytes(os.getpid()))]
+    """As each worker says of itself: it may run on another host."""
+    own = resident_bytes()
+    found: list[tuple[dict[str, Any], float]] = [] if own is None else [({"replica": "", "worker": "front end"}, own)]
     for number, replica in enumerate(engine.replicas):
-        for name, about in dict(replica.workers).items():
-            if "pid" in about:
-                found.append(({"replica": number, "worker": name}, _resident_bytes(about["pid"])))
+        for name, beat in dict(replica.beats).items():
+            if beat.resident_bytes is not None:
+                found.append(({"replica": number, "worker": name}, beat.resident_bytes))
     return found
-
-
-def _resident_bytes(pid: int) -> float:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):  # it has just ended
-        return float("nan")
 
 
 def _free(outputs: Path) -> list[tuple[dict[str, Any], float]]:

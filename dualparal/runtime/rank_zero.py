@@ -72,7 +72,8 @@ class Coordinator:
         self._timeout_s = options.timeout_s
         self._vae_config = checkpoint.config("vae")
         self._waiting: list[RunJob | Shutdown] = []
-        self._cancelled: set[str] = set()
+        self._running: str | None = None
+        self._cancelled: set[str] = set()  # only jobs that run or wait here
 
     def serve(self) -> None:
         """Until Shutdown: take a job, run it, tell the front end."""
@@ -87,23 +88,25 @@ class Coordinator:
                 self._to_codec.join_thread()
                 return
             working_on(message.job_id)
+            self._running = message.job_id
             try:
                 self._run(message)
             except DualParalError as error:
                 if isinstance(error, WorkerDied):
                     raise
                 self._uplink.send(JobError(message.job_id, *describe_error("rank 0", error)))
+            self._running = None
             self._cancelled.discard(message.job_id)
             self._uplink.send(Denoised(message.job_id))
             working_on(None)
 
     def _take(self, message: object) -> None:
         if isinstance(message, CancelJob):
-            self._cancelled.add(message.job_id)
+            # One that comes too late is not for the next run of that job.
+            if message.job_id in (self._running, *(run.job_id for run in self._waiting if isinstance(run, RunJob))):
+                self._cancelled.add(message.job_id)
         else:
             assert isinstance(message, RunJob | Shutdown)
-            if isinstance(message, RunJob):  # a stop that came too late for the run before is not for this one
-                self._cancelled.discard(message.job_id)
             self._waiting.append(message)
 
     def _is_stopped(self, job_id: str) -> bool:

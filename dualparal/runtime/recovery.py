@@ -1,15 +1,18 @@
-"""What a crash or a restart of the program left behind: which jobs were cut off, and what of them is there already."""
+"""What a crash or a restart of the program left behind: which jobs were cut off, which of them can go on here, and what of them
+is there already."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from dualparal.errors import DualParalError
-from dualparal.events import BlockReady, Failed, Interrupted, Queued, Started
+from dualparal.errors import DualParalError, RequestError
+from dualparal.events import BlockReady, Failed, Finished, Interrupted, Queued, Started
 from dualparal.runtime.claim import is_claimed
+from dualparal.runtime.engine_options import CHANGES
 from dualparal.runtime.journal import JobFolder, list_jobs
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,38 @@ def _note(folder: JobFolder) -> str | None:
     if reason is not None:
         folder.append(Failed(job_id=folder.job_id, kind="EngineError", message=reason))
     return reason
+
+
+def check_can_go_on(folder: JobFolder, made_with: Mapping[str, Any]) -> None:
+    """Raise `RequestError` unless an engine whose jobs are `made_with` this model and these options can go on with the job and
+    give the bits it would have given."""
+    job_id, record = folder.job_id, folder.record()
+    if is_claimed(folder):
+        raise RequestError(f"job {job_id} is being worked on; wait for it or stop it first", "job_id")
+    if isinstance(folder.final_event(), Finished):
+        raise RequestError(f"job {job_id} has finished; its video is {folder.video}", "job_id")
+    if record.get("model") != made_with["model"] or record.get("dtype") != made_with["dtype"]:
+        raise RequestError(
+            f"job {job_id} was made with {record.get('model')} in {record.get('dtype')}; this engine runs "
+            f"{made_with['model']} in {made_with['dtype']}",
+            "job_id",
+        )
+    before, now = ({key: one[key] for key in CHANGES if key in one} for one in (record, made_with))
+    if before != now:
+        raise RequestError(f"job {job_id} was made with {before}, this engine runs {now}", "job_id")
+    if record.get("baseline"):
+        raise RequestError(f"job {job_id} was a comparison, which does not go on; start it again", "job_id")
+    if record.get("has_tensors"):
+        raise RequestError(f"job {job_id} was given tensors, which are not kept; submit it again", "job_id")
+
+
+def warn_of_other_bits(folder: JobFolder, made_with: Mapping[str, Any]) -> None:
+    """Log what differs between the engine that began a job and the one that goes on with it, and may change bits."""
+    job_id, record = folder.job_id, folder.record()
+    if record.get("threads") != made_with["threads"]:
+        log.warning("job %s was begun with %s threads per process; bits may differ", job_id, record.get("threads"))
+    if record.get("device", made_with["device"]) != made_with["device"]:
+        log.warning("job %s was begun on %s and goes on on %s; bits differ", job_id, record["device"], made_with["device"])
 
 
 def told_blocks(folder: JobFolder) -> list[BlockReady]:

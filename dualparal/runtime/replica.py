@@ -17,7 +17,15 @@ from collections import deque
 from multiprocessing import Pipe
 from typing import Any
 
-from dualparal.errors import DualParalError, EngineError, WorkerDied, WorkerFailed, error_from_wire
+from dualparal.errors import (
+    CheckpointError,
+    DualParalError,
+    EngineError,
+    RequestError,
+    WorkerDied,
+    WorkerFailed,
+    error_from_wire,
+)
 from dualparal.events import Cancelled, Event, Finished, Progress
 from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.ending import end_early
@@ -37,13 +45,15 @@ from dualparal.runtime.messages import (
     WorkerError,
     WorkerOptions,
 )
+from dualparal.runtime.pulse import Pulse
 
 log = logging.getLogger(__name__)
-SILENCE_S = 60.0  # a worker that sends no heartbeat for so long hangs
 START_TIMEOUT_S = 1800.0  # loading 14B weights from a slow disk takes minutes
 CLOSE_GRACE_S = 10.0
-MAX_FAILED_STARTS = 3
-PAUSE_AFTER_FAILED_START_S = 1.0
+MAX_FAILED_STARTS = 3  # of a group that has never been ready
+MAX_FAILED_RESTARTS = 10  # of one that has: what it lacks, memory or a disk, may come back in minutes
+PAUSE_AFTER_FAILED_START_S = 1.0  # doubled with every further one
+MAX_PAUSE_S = 60.0
 
 
 class Replica:
@@ -54,7 +64,7 @@ class Replica:
         self.state = "closed"
         self.error: DualParalError | None = None  # why it is restarting or failed
         self.workers: dict[str, dict[str, Any]] = {}  # what each worker said when it was ready
-        self.device_bytes: dict[str, int] = {}  # GPU memory in use, as told with the last heartbeat
+        self.beats: dict[str, Beat] = {}  # each worker's last
         self.num_restarts = 0
         self.at_rank_0: Job | None = None
         self.gate: Gate | None = None  # to ranks on other hosts
@@ -104,28 +114,33 @@ class Replica:
     # The supervisor's thread
 
     def _supervise(self) -> None:
-        failed_starts = 0
+        failed_starts, has_served = 0, False
         while not self._desk.is_closing:
             was_ready, error = self._run_group()
+            has_served = has_served or was_ready
             failed_starts = 0 if was_ready else failed_starts + 1
             if self._desk.is_closing or error is None:
                 break
             log.warning("%s: workers ended: %s", self.name, error)
-            # A checkpoint that cannot be loaded will not load the next time either.
-            if (not isinstance(error, WorkerDied) and not was_ready) or failed_starts >= MAX_FAILED_STARTS:
+            if failed_starts and _is_lasting(error, failed_starts, has_served):
                 self._set_state("failed", error)
                 self._desk.note_failure(error)
                 return
             self.num_restarts += 1
             self._set_state("restarting", error)
-            time.sleep(failed_starts * PAUSE_AFTER_FAILED_START_S)
+            if failed_starts:
+                self._pause(min(MAX_PAUSE_S, PAUSE_AFTER_FAILED_START_S * 2 ** (failed_starts - 1)))
         for job in self._let_go():
             job.fail(EngineError("the engine was closed before the job was done"), is_stored=False)
         self._set_state("closed")
 
+    def _pause(self, seconds: float) -> None:
+        with self._desk.changed:
+            self._desk.changed.wait_for(lambda: self._desk.is_closing, seconds)
+
     def _run_group(self) -> tuple[bool, DualParalError | None]:
         """One generation of workers, from start to end: (whether it was ever ready, what ended it)."""
-        self.workers, self.device_bytes = {}, {}
+        self.workers, self.beats = {}, {}
         group = WorkerGroup(self.options, self.gate)
         waiting_for = set(group.processes)
         error: DualParalError | None = None
@@ -145,7 +160,8 @@ class Replica:
 
     def _watch(self, group: WorkerGroup, waiting_for: set[str]) -> DualParalError | None:
         """Serve until something ends the group; returns what did, None at closing."""
-        seen_s: dict[str, float] = {}  # when each worker last said that it lives
+        pulse = Pulse(time.monotonic(), self.options.timeout_s)
+        self.beats = pulse.beats
         deadline_s = time.monotonic() + START_TIMEOUT_S
         error: DualParalError | None = None
         while error is None and not self._desk.is_closing:
@@ -153,18 +169,17 @@ class Replica:
             if is_woken:
                 self._wake_reader.recv_bytes()
             now_s = time.monotonic()
+            pulse.look(now_s)
             for message in messages:
                 match message:
                     case Beat():
-                        seen_s[message.name] = now_s
-                        if message.device_bytes is not None:
-                            self.device_bytes[message.name] = message.device_bytes
+                        pulse.take(message)
                     case StorePort():
                         group.share_port(message)
                     case Ready():
                         self.workers[message.name] = message.about
                         waiting_for.discard(message.name)
-                        seen_s[message.name] = now_s  # it may hang before its first beat
+                        pulse.hear(message.name)  # it may hang before its first beat
                         if not waiting_for:
                             self._set_state("ready")
                     case WorkerError():
@@ -173,11 +188,8 @@ class Replica:
                         self._take(message, group)
             if ended and error is None:
                 error = WorkerDied(f"{group.describe_end(ended[0])}")
-            # Importing and loading may hold the interpreter for long; START_TIMEOUT_S bounds that.
-            silent = [name for name, at_s in seen_s.items() if name not in waiting_for and now_s - at_s > SILENCE_S]
-            # When all are silent it was this process that slept.
-            if silent and error is None and now_s - max(seen_s.values()) < SILENCE_S / 2:
-                error = WorkerDied(f"{silent[0]} has not answered for {SILENCE_S:.0f} s")
+            if error is None and (fault := pulse.fault(loading=waiting_for)) is not None:
+                error = WorkerDied(fault)
             if group.missing:  # nobody knows when a host comes back
                 deadline_s = now_s + START_TIMEOUT_S
             if waiting_for and now_s > deadline_s:
@@ -264,6 +276,17 @@ class Replica:
         with self._desk.changed:
             self.state, self.error = state, error
             self._desk.changed.notify_all()
+
+
+def _is_lasting(error: DualParalError, failed_starts: int, has_served: bool) -> bool:
+    """Whether workers that cannot start will not be able to the next time either.
+
+    At first anything but a death is: an option or a model that does not work. Once they have served, only a checkpoint or an
+    option is; memory, disks and drivers recover.
+    """
+    if not has_served:
+        return not isinstance(error, WorkerDied) or failed_starts >= MAX_FAILED_STARTS
+    return isinstance(error, CheckpointError | RequestError) or failed_starts >= MAX_FAILED_RESTARTS
 
 
 def _final_event(job: Job, message: VideoClosed) -> Event:

@@ -20,6 +20,7 @@ from dualparal.runtime.kept_caches import CacheWriter, read_caches
 from dualparal.runtime.logs import working_on
 from dualparal.runtime.messages import JobSpec, Span
 from dualparal.runtime.transport import SAVE, STOP, Links, pack, unpack
+from dualparal.runtime.worker import working_at
 
 
 class RunsItems(Protocol):
@@ -129,7 +130,9 @@ class _Working:
         self._spans, self._item = spans, item
 
     def __enter__(self) -> None:
+        working_at(f"step {self._item.step} of block {self._item.block}")
         self._start_s = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
+        working_at(None)
         self._spans.add(self._start_s, time.monotonic(), self._item.block, self._item.step)

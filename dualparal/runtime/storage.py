@@ -9,9 +9,10 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 
+from dualparal.core.rules import plan_of
 from dualparal.errors import OutputError
 from dualparal.request import GenerationRequest, frames_of_latents
 from dualparal.runtime.claim import is_claimed
@@ -19,15 +20,36 @@ from dualparal.runtime.journal import JobFolder, list_jobs
 
 log = logging.getLogger(__name__)
 BYTES_PER_PIXEL = 0.3  # of H.264 at the writer's quality; seen: 0.02-0.1 for pictures, 0.3 for noise
-RESERVE_BYTES = 32 * 2**20  # saved sweeps, journal, and a margin
+RESERVE_BYTES = 32 * 2**20  # journal, and a margin
+SAVED_COPIES = 4  # of a block in flight: its latents and what UniPC holds: two past predictions, the last sample
 
 
 def bytes_needed(request: GenerationRequest) -> int:
-    """What a resolved request may write: each frame twice (its segment and the mp4), finished latents, a reserve."""
+    """What a resolved request may write: each frame twice (its segment and the mp4), finished latents, two saved sweeps (the
+    new one is written before the old one goes), a reserve."""
     assert request.latents_num and request.height and request.width
-    pixels = request.height * request.width
-    latents = request.latents_num * 16 * (pixels // 64) * 4
-    return int(2 * BYTES_PER_PIXEL * frames_of_latents(request.latents_num) * pixels) + latents + RESERVE_BYTES
+    video = 2 * BYTES_PER_PIXEL * frames_of_latents(request.latents_num) * request.height * request.width
+    return int(video) + request.latents_num * _latent_bytes(request) + 2 * sweep_bytes(request) + RESERVE_BYTES
+
+
+def sweep_bytes(request: GenerationRequest) -> int:
+    """The most that one saved sweep of a resolved request takes, without the stages' K and V of a cached left context: those
+    are saved only where four times their size is free (`state.StateWriter`)."""
+    assert request.num_per_block and request.num_cat is not None and request.num_inference_steps
+    num_blocks, num_steps = plan_of(request).num_blocks, request.num_inference_steps
+    stagger = 1 if request.schedule == "paper" else request.stagger or 1
+    limit = num_blocks if request.schedule == "paper" else request.max_in_flight or 1
+    in_flight = min(num_blocks, limit, -(-num_steps // stagger))
+    # The ends of a neighbour that later items will see: one for each step it is ahead, and its head where experts change.
+    ends = in_flight * request.num_cat * (stagger + 2)
+    blocks = in_flight * request.num_per_block + request.num_cat  # the first block is longer
+    return (SAVED_COPIES * blocks + ends) * _latent_bytes(request)
+
+
+def _latent_bytes(request: GenerationRequest) -> int:
+    """Of one latent frame of a Wan VAE, float32."""
+    assert request.height and request.width
+    return 16 * (request.height * request.width // 64) * 4
 
 
 class Storage:
@@ -39,53 +61,75 @@ class Storage:
         self._lock = threading.Lock()
         self._sizes: dict[str, tuple[int, int]] = {}  # of ended jobs: they change only when their journal grows
 
-    def check_free(self, request: GenerationRequest) -> None:
-        """Raise `OutputError` with the numbers when the disk has no room for `request`."""
+    def check_free(self, request: GenerationRequest, job_id: str = "") -> None:
+        """Raise `OutputError` with the numbers when the disk has no room for what is still to be written of `request`."""
         there = next((folder for folder in (self._outputs, *self._outputs.parents) if folder.is_dir()), None)
         if there is None:
             return
-        needed, free = bytes_needed(request), shutil.disk_usage(there).free
+        needed, free = self._still_to_write(request, job_id), shutil.disk_usage(there).free
         if free < needed:
             raise OutputError(
                 f"{self._outputs} has {_mb(free)} free and this video may need {_mb(needed)}; delete old videos or name "
                 "another folder with DUALPARAL_OUTPUTS"
             )
 
-    def make_room(self, request: GenerationRequest, open_jobs: Collection[str] = ()) -> list[str]:
+    def make_room(
+        self, request: GenerationRequest, open_jobs: Mapping[str, GenerationRequest] | None = None, *, job_id: str = ""
+    ) -> list[str]:
         """Delete the oldest ended jobs until `request` fits under the limit, then check the disk; returns their ids.
 
-        `open_jobs` stay whatever the journal says. Raises `OutputError` when that is not enough.
+        `open_jobs`, the requests that wait or run by id, stay whatever the journal says, and what they may still write is
+        kept free for them; so does `job_id`, the job that is to be queued (again). Raises `OutputError` when that is not
+        enough, and has deleted nothing then.
         """
         deleted: list[str] = []
         if self._max_bytes is not None:
             with self._lock:
-                deleted = self._shrink(self._max_bytes - bytes_needed(request), set(open_jobs))
-        self.check_free(request)
+                deleted = self._shrink(self._max_bytes, request, job_id, open_jobs or {})
+        self.check_free(request, job_id)
         return deleted
 
-    def _shrink(self, target: int, open_jobs: set[str]) -> list[str]:
-        assert self._max_bytes is not None
+    def _still_to_write(self, request: GenerationRequest, job_id: str) -> int:
+        there = folder_bytes(self._outputs / job_id) if job_id else 0
+        return max(0, bytes_needed(request) - there)
+
+    def _shrink(
+        self, limit: int, request: GenerationRequest, job_id: str, open_jobs: Mapping[str, GenerationRequest]
+    ) -> list[str]:
         folders = list(list_jobs(self._outputs))
         sizes = {folder.job_id: self._size(folder) for folder in folders}
-        used, deleted = sum(sizes.values()), []
-        for folder in reversed(folders):
-            if used <= target:
-                break
-            if folder.job_id in open_jobs or folder.final_event() is None or is_claimed(folder):
-                continue
-            try:
-                folder.delete()
-            except OutputError as error:
-                log.warning("%s", error)
-                continue
-            used -= sizes[folder.job_id]
-            self._sizes.pop(folder.job_id, None)
-            deleted.append(folder.job_id)
-            log.info("job %s was deleted to make room", folder.job_id, extra={"job_id": folder.job_id})
-        if used > target:
+
+        def still_to_write(name: str, request: GenerationRequest) -> int:
+            return max(0, bytes_needed(request) - sizes.get(name, 0))
+
+        needed = still_to_write(job_id, request)
+        if bytes_needed(request) > limit:
             raise OutputError(
-                f"the videos kept here may take {_mb(self._max_bytes)} together; {_mb(used)} are in use by jobs that have not "
-                f"ended, and this video may need {_mb(self._max_bytes - target)}: try again later or ask for a shorter one"
+                f"this video may need {_mb(bytes_needed(request))}, more than all videos kept here may take together "
+                f"({_mb(limit)}); ask for a shorter or smaller one"
+            )
+        promised = sum(still_to_write(name, one) for name, one in open_jobs.items() if name != job_id)
+        surplus = sum(sizes.values()) + promised + needed - limit
+        ended = [folder for folder in reversed(folders) if folder.job_id not in (job_id, *open_jobs) and _may_go(folder)]
+        deleted: list[str] = []
+        if surplus <= sum(sizes[folder.job_id] for folder in ended):  # else nobody shall lose a video for nothing
+            for folder in ended:
+                if surplus <= 0:
+                    break
+                try:
+                    folder.delete()
+                except OutputError as error:
+                    log.warning("%s", error)
+                    continue
+                surplus -= sizes[folder.job_id]
+                self._sizes.pop(folder.job_id, None)
+                deleted.append(folder.job_id)
+                log.info("job %s was deleted to make room", folder.job_id, extra={"job_id": folder.job_id})
+        if surplus > 0:
+            used = sum(sizes[folder.job_id] for folder in folders if folder not in ended) + promised
+            raise OutputError(
+                f"the videos kept here may take {_mb(limit)} together; {_mb(used)} are in use or promised to jobs that have "
+                f"not ended, and this video may need {_mb(needed)}: try again later or ask for a shorter one"
             )
         return deleted
 
@@ -101,6 +145,10 @@ class Storage:
         if folder.final_event() is not None:
             self._sizes[folder.job_id] = journal, size
         return size
+
+
+def _may_go(folder: JobFolder) -> bool:
+    return folder.final_event() is not None and not is_claimed(folder)
 
 
 def folder_bytes(folder: Path) -> int:

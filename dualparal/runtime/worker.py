@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from dualparal.errors import DualParalError
@@ -23,6 +24,7 @@ from dualparal.runtime.messages import Beat, WorkerError, WorkerOptions
 
 log = logging.getLogger(__name__)
 BEAT_INTERVAL_S = 1.0
+_step: tuple[str] | None = None  # what the main thread is at; a new tuple for every step
 
 
 class Uplink:
@@ -94,6 +96,13 @@ def call_hook(options: WorkerOptions, **parts: Any) -> dict[str, Any]:
     return {**parts, **replaced}
 
 
+def working_at(step: str | None) -> None:
+    """Name the one step that this process's main thread begins, None when it is done: the heartbeat tells of it, so that a
+    hung kernel or decoder is noticed. Costs one write."""
+    global _step
+    _step = None if step is None else (step,)
+
+
 def _watch_front_end() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -103,8 +112,22 @@ def _watch_front_end() -> None:
 
 def _beat(uplink: Uplink) -> None:
     pause = threading.Event()
+    before: tuple[str] | None = None
+    busy_s = 0.0
     while not pause.wait(BEAT_INTERVAL_S):
-        uplink.send(Beat(uplink.name, _device_bytes()))
+        step = _step
+        # Counted, not read off a clock: a process that was stopped for a while has not hung.
+        busy_s = busy_s + BEAT_INTERVAL_S if step is not None and step is before else 0.0
+        before = step
+        uplink.send(Beat(uplink.name, resident_bytes(), _device_bytes(), step[0] if step else "", busy_s))
+
+
+def resident_bytes() -> int | None:
+    """Host memory of this process; None where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _device_bytes() -> int | None:

@@ -31,6 +31,7 @@ from dualparal.presets import PACKAGE, Limits, Preset, find_preset, load_presets
 from dualparal.runtime.devices import place
 from dualparal.runtime.engine_options import TEXT_ENCODER_PLACES
 from dualparal.runtime.journal import outputs_folder
+from dualparal.runtime.logs import set_up_logs
 from dualparal.runtime.metrics import metrics_text
 from dualparal.runtime.torchrun import find_team
 from dualparal.ui.choose import choose_for_this_host
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_UPLOAD = "500mb"
+MAX_PER_OWNER = 4  # one that runs and a few that wait: enough for a visitor, and thirty-two of them fill no queue alone
 WAITING_CALLS = 256  # Gradio's own queue only carries calls; jobs wait in the engine's
 TINY_PRESET = Preset(
     name="tiny", title="Tiny random model · 64×64",
@@ -81,17 +83,33 @@ def parser() -> argparse.ArgumentParser:
     engine("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="file, folder or hub id; repeatable")
     limits = flags.add_argument_group("the limits").add_argument
     limits("--max_queue", "--max-queue", type=int, default=32, metavar="N", help="most jobs that may wait")
-    limits("--max_per_owner", "--max-per-owner", type=int, metavar="N", help="most jobs of one visitor at a time")
+    limits(
+        "--max_per_owner", "--max-per-owner", type=_count_or_none, default=MAX_PER_OWNER, metavar="N",
+        help=f"most jobs of one visitor at a time (default: {MAX_PER_OWNER}; 0 or none: no such limit)",
+    )  # fmt: skip
     limits("--max_disk_gb", "--max-disk-gb", type=float, metavar="GB", help="delete the oldest videos above this")
+    logs = flags.add_argument_group("the logs, on standard error").add_argument
+    logs("--verbose", action="store_true", help="log what every worker does")
+    logs("--log_json", "--log-json", action="store_true", help="log one JSON object a line, with worker and job id")
     return flags
+
+
+def _count_or_none(text: str) -> int | None:
+    """A number, None for "none" and for 0."""
+    number = 0 if text == "none" else int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return number or None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is stopped. Returns the exit code."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        team = find_team()
+        # A server tells what it does; its workers only when asked to.
+        set_up_logs(verbose=True, as_json=arguments.log_json, worker=team.name if team else "front end")
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         engine = open_engine(arguments)
     except DualParalError as error:
         sys.stderr.write(f"{error}\n")
@@ -135,7 +153,7 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
         compile=arguments.compile, quantization=arguments.quantization, offload=arguments.offload,
         text_encoder=arguments.text_encoder, loras=arguments.lora, layer_split=arguments.layer_split,
         outputs=arguments.outputs, max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner,
-        max_disk_bytes=max_disk_bytes, auto_resume=True, team=team,
+        max_disk_bytes=max_disk_bytes, auto_resume=True, verbose=arguments.verbose, log_json=arguments.log_json, team=team,
     )  # fmt: skip
 
 

@@ -113,6 +113,10 @@ class Studio:
     def compare(self, job_id: object, owner: str = "") -> Snapshot:
         """Queue the request of a finished job for plain Wan, in one pass over the whole video."""
         found = self.find(job_id, owner)
+        if not self.can_compare(found):
+            raise RequestError(
+                f"job {found.job_id} cannot be compared: only finished videos of the model as it is can", "job_id"
+            )
         return snapshot.of_job(self.engine.compare(found.request, owner=owner))
 
     def delete(self, job_id: object, owner: str = "") -> None:

@@ -18,7 +18,6 @@ import psutil
 import pytest
 import torch
 
-import dualparal.runtime.replica as replica_module
 from dualparal import (
     BlockReady,
     Cancelled,
@@ -41,6 +40,7 @@ from dualparal import (
 from dualparal.model.layout import Checkpoint, transformer_owners
 from dualparal.model.text import TextEncoder
 from dualparal.presets import Preset
+from dualparal.runtime import pulse
 from dualparal.runtime.job import Job
 from tests.conftest import wait_until
 from tests.distributed.hooks import FAILS_ON_RANK_1, IS_SLOW
@@ -388,13 +388,22 @@ def test_a_killed_worker_while_idle(duo: Engine, first_bits: torch.Tensor) -> No
 
 def test_a_stopped_worker(duo: Engine, first_bits: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     duo.wait_ready(WAIT_S)
-    monkeypatch.setattr(replica_module, "SILENCE_S", 10.0)  # beats of a loaded machine may be seconds apart
+    monkeypatch.setattr(pulse, "SILENCE_S", 10.0)  # beats of a loaded machine may be seconds apart
     job, follower = duo.submit(slow()), duo.submit(REQUEST, return_latents=True)
     wait_for(job, Progress)
     os.kill(int(duo.workers["rank 1"]["pid"]), signal.SIGSTOP)
     list(job.events())  # until it has failed
     monkeypatch.undo()  # the workers that come back may take longer than that
     check_recovery(duo, job, follower, first_bits, WorkerDied, "rank 1 has not answered for 10 s")
+
+
+def test_a_hung_codec(tiny: Path, tmp_path: Path, first_bits: torch.Tensor, leaves_nothing: None) -> None:
+    """It lives and sends heartbeats; with one rank nobody waits for it."""
+    hook = "tests.distributed.hooks:hangs"
+    with open_engine(tiny, tmp_path, worker_hook=hook, timeout_s=30.0) as engine:
+        job, follower = engine.submit(REQUEST.model_copy(update={"width": 48})), engine.submit(REQUEST, return_latents=True)
+        says = r"codec has been at one step for 30 s \(decoding block 0\)"
+        check_recovery(engine, job, follower, first_bits, WorkerDied, says)
 
 
 def test_an_error_in_a_worker(duo: Engine, first_bits: torch.Tensor) -> None:

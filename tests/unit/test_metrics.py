@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dualparal.errors import WorkerDied
 from dualparal.runtime.engine import Engine
 from dualparal.runtime.logs import printable, set_up_logs, working_on
 from dualparal.runtime.metrics import FIRST_FRAMES_BUCKETS_S, metrics_text
@@ -77,7 +77,17 @@ def test_metrics_follow_a_day(tiny: Path, tmp_path: Path, notes: Notebook) -> No
     assert after['dualparal_worker_resident_bytes{replica="",worker="front end"}'] > 2**20
     assert after['dualparal_stage_busy_ratio{replica="1",stage="0"}'] == 0
     assert after["dualparal_disk_free_bytes"] > 0
-    assert math.isnan(after['dualparal_worker_resident_bytes{replica="0",worker="codec"}']), "pid 0 is nobody"
+    assert after['dualparal_worker_resident_bytes{replica="0",worker="codec"}'] == 2**20, "as the worker says"
+
+
+def test_frames_of_a_resumed_job_are_counted_once(tiny: Path, tmp_path: Path, notes: Notebook) -> None:
+    with Engine(tiny, device="cpu", outputs=tmp_path / "outputs") as engine:
+        first = engine.submit(wants("die once"))
+        with pytest.raises(WorkerDied):
+            first.result(SECONDS)
+        until(lambda: samples(metrics_text(engine))["dualparal_frames_total"] == 2 * 4)
+        assert engine.resume(first.id).result(SECONDS).num_frames == 4 * NUM_BLOCKS
+        until(lambda: samples(metrics_text(engine))["dualparal_frames_total"] == 4 * NUM_BLOCKS)
 
 
 # Logs

@@ -16,9 +16,12 @@ from dualparal.request import GenerationRequest
 from dualparal.runtime.claim import claim
 from dualparal.runtime.journal import JobFolder, list_jobs
 from dualparal.runtime.registry import all_facts, list_facts, read_facts
-from dualparal.runtime.storage import RESERVE_BYTES, Storage, bytes_needed, folder_bytes
+from dualparal.runtime.storage import RESERVE_BYTES, Storage, bytes_needed, folder_bytes, sweep_bytes
 
-REQUEST = GenerationRequest(prompt="a fox", latents_num=5, height=32, width=32)
+REQUEST = GenerationRequest(
+    prompt="a fox", latents_num=5, height=32, width=32, num_per_block=3, num_cat=1, num_inference_steps=4, schedule="paper"
+)
+SMALL = GenerationRequest(**{**REQUEST.model_dump(exclude_none=True), "latents_num": 1})
 
 
 def job(outputs: Path, number: int, *events: str, owner: str = "anna", prompt: str = "a fox", size: int = 0) -> JobFolder:
@@ -38,6 +41,10 @@ def job(outputs: Path, number: int, *events: str, owner: str = "anna", prompt: s
     if size:
         (folder.path / "video.mp4").write_bytes(os.urandom(size))
     return folder
+
+
+def ids(outputs: Path) -> list[str]:
+    return sorted(folder.job_id for folder in list_jobs(outputs))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,8 @@ def test_jobs_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["jobs", "--outputs", str(tmp_path / "none")]) == 0
 
 
-def test_a_quota_takes_the_oldest_ended_jobs_only(tmp_path: Path) -> None:
+def test_a_quota_takes_the_oldest_ended_jobs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualparal.runtime.storage.RESERVE_BYTES", 0)
     mb = 2**20
     job(tmp_path, 1_000_000, "queued", "started", size=mb)  # cut off: stays
     held = claim(job(tmp_path, 1_000_001, "queued", "finished", "queued", size=mb))  # waits again: stays
@@ -105,14 +113,37 @@ def test_a_quota_takes_the_oldest_ended_jobs_only(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_bytes(b"x" * mb)
     storage = Storage(tmp_path, max_bytes=bytes_needed(REQUEST) + 5 * mb + 200_000)
-    deleted = storage.make_room(REQUEST, open_jobs=["0f4242"])
+    deleted = storage.make_room(REQUEST, {"0f4242": SMALL})
     assert deleted == ["0f4243", "0f4244", "0f4245"]
-    assert sorted(folder.job_id for folder in list_jobs(tmp_path)) == ["0f4240", "0f4241", "0f4242", "0f4246", "0f4247"]
+    left = ["0f4240", "0f4241", "0f4242", "0f4246", "0f4247"]
+    assert ids(tmp_path) == left
     assert storage.make_room(REQUEST) == []
-    with pytest.raises(OutputError, match="have not ended"):
+    # What cannot be given room costs nobody a video: two megabytes belong to jobs that have not ended.
+    with pytest.raises(OutputError, match="2 MB are in use or promised"):
         Storage(tmp_path, max_bytes=bytes_needed(REQUEST) + mb).make_room(REQUEST)
+    assert ids(tmp_path) == left
+    with pytest.raises(OutputError, match="more than all videos kept here may take together"):
+        Storage(tmp_path, max_bytes=bytes_needed(REQUEST) - 1).make_room(REQUEST)
+    assert ids(tmp_path) == left
     assert (tmp_path / "precious" / "file").is_file()
     held.release()
+
+
+def test_a_quota_counts_what_open_jobs_will_write(tmp_path: Path) -> None:
+    needed = bytes_needed(REQUEST)
+    storage = Storage(tmp_path, max_bytes=int(2.5 * needed))
+    job(tmp_path, 1_000_000, "queued", "finished", size=2**20)
+    assert storage.make_room(REQUEST, {"0f4241": REQUEST}) == []
+    with pytest.raises(OutputError, match="try again later"):
+        storage.make_room(REQUEST, {"0f4241": REQUEST, "0f4242": REQUEST})
+    assert ids(tmp_path) == ["0f4240"]
+    # What an open job has written already is not counted twice.
+    job(tmp_path, 1_000_001, "queued", "started", size=needed // 2)
+    assert storage.make_room(REQUEST, {"0f4241": REQUEST}) == []
+    # A job that is queued again keeps what it has, and needs only the rest.
+    job(tmp_path, 1_000_002, "queued", "failed", size=needed // 2)
+    assert storage.make_room(REQUEST, {"0f4241": REQUEST}, job_id="0f4242") == []
+    assert ids(tmp_path) == ["0f4240", "0f4241", "0f4242"]
 
 
 def test_a_job_that_was_resumed_is_measured_again(tmp_path: Path) -> None:
@@ -134,11 +165,21 @@ def test_no_limit_deletes_nothing_and_a_full_disk_is_told(tmp_path: Path, monkey
     assert len(list(list_jobs(tmp_path))) == 1
 
 
+def test_needs_hold_two_saved_sweeps() -> None:
+    """`paper` at 480p with 50 blocks of 8 in flight: 50 x 8 latent frames of 0.4 MB, four times, and the neighbours' ends."""
+    large = {"latents_num": 500, "height": 480, "width": 832, "num_per_block": 8, "num_cat": 8, "num_inference_steps": 50}
+    request = REQUEST.model_copy(update=large)
+    assert 640e6 < sweep_bytes(request) < 2.5 * 640e6
+    few = request.model_copy(update={"schedule": "preview", "max_in_flight": 3, "stagger": 16})
+    assert 3 * 8 * 4 * 400e3 < sweep_bytes(few) < sweep_bytes(request) / 5
+    assert bytes_needed(request) - bytes_needed(few) == 2 * (sweep_bytes(request) - sweep_bytes(few))
+
+
 def test_needs_grow_with_the_video() -> None:
     longer = REQUEST.model_copy(update={"latents_num": 50})
     assert RESERVE_BYTES < bytes_needed(REQUEST) < bytes_needed(longer)
-    minute = GenerationRequest(prompt="x", latents_num=241, height=480, width=832)
-    assert 100e6 < bytes_needed(minute) < 1e9
+    minute = REQUEST.model_copy(update={"latents_num": 241, "height": 480, "width": 832})
+    assert 100e6 < bytes_needed(minute) - 2 * sweep_bytes(minute) < 1e9
 
 
 def test_sizes_do_not_follow_links(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from dualparal.errors import RequestError
 from dualparal.events import Failed, Queued
 from dualparal.request import GenerationRequest
-from dualparal.runtime.engine import CHANGES, Engine
+from dualparal.runtime.engine import Engine
+from dualparal.runtime.engine_options import CHANGES
 from dualparal.runtime.journal import JobFolder
 from tests.fake_group import NUM_BLOCKS, Notebook, fake_groups
 
@@ -111,7 +113,17 @@ def test_other_ranks_go_on_and_other_threads_are_written_down(make: Make, caplog
     other = cut_off(make(), "abcdee")
     with caplog.at_level(logging.WARNING), make(threads=2) as engine:
         engine.resume(other.job_id).result(SECONDS)
-    assert "1 threads per process; bits may differ" in caplog.text
+    assert caplog.text.count("1 threads per process; bits may differ") == 1
+
+
+def test_another_kind_of_device_is_written_down(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    folder = cut_off(make())
+    record = folder.record()
+    assert record["device"] == "cpu"
+    (folder.path / "request.json").write_text(json.dumps({**record, "device": "cuda"}))
+    with caplog.at_level(logging.WARNING), make() as engine:
+        engine.resume(folder.job_id).result(SECONDS)
+    assert "was begun on cuda and goes on on cpu; bits differ" in caplog.text
 
 
 def test_a_restart_leaves_jobs_of_other_settings_alone(make: Make) -> None:

@@ -10,15 +10,24 @@ from typing import Any
 
 import pytest
 
-from dualparal.errors import DualParalError, EngineError, JobCancelled, OutputError, QueueFull, RequestError, WorkerDied
+from dualparal.errors import (
+    DualParalError,
+    EngineError,
+    JobCancelled,
+    OutOfMemory,
+    OutputError,
+    QueueFull,
+    RequestError,
+    WorkerDied,
+)
 from dualparal.events import BlockReady, Cancelled, Failed, Finished, Interrupted, Queued, Started, event_from_json
 from dualparal.request import GenerationRequest
-from dualparal.runtime import dispatcher, recovery
+from dualparal.runtime import dispatcher, recovery, replica
 from dualparal.runtime.claim import claim, is_claimed
 from dualparal.runtime.engine import Engine
 from dualparal.runtime.job import Job
 from dualparal.runtime.journal import JobFolder
-from dualparal.runtime.messages import Span
+from dualparal.runtime.messages import Span, WorkerError
 from dualparal.runtime.registry import list_facts
 from tests.fake_group import NUM_BLOCKS, Notebook, fake_groups
 
@@ -261,6 +270,57 @@ def test_when_all_have_failed_nothing_waits_for_ever(make: Make, notes: Notebook
     assert engine.state == "failed"
 
 
+def test_a_codec_that_hangs_in_mid_block_is_named_and_replaced(make: Make, notes: Notebook) -> None:
+    with make() as engine:
+        stuck, after = engine.submit(wants("stuck")), engine.submit(wants("after"))
+        with pytest.raises(WorkerDied, match=r"codec has been at one step for 600 s \(decoding block 1\)"):
+            stuck.result(SECONDS)
+        assert after.result(SECONDS).num_frames == 4 * NUM_BLOCKS
+    assert one_end(stuck) is Failed and len(notes.groups) == 2
+
+
+def no_memory(number: int = 1) -> list[WorkerError]:
+    return [WorkerError("rank 0", "OutOfMemory", "rank 0 ran out of memory; use more ranks")] * number
+
+
+def test_workers_that_served_once_are_given_time_to_come_back(make: Make, notes: Notebook) -> None:
+    with make() as engine:
+        engine.submit(wants("before")).result(SECONDS)
+        notes.start_errors = no_memory(replica.MAX_FAILED_RESTARTS - 1)
+        notes.groups[-1].kill()
+        assert engine.submit(wants("after")).result(SECONDS).num_frames == 4 * NUM_BLOCKS
+        assert engine.replicas[0].num_restarts == replica.MAX_FAILED_RESTARTS
+        notes.start_errors = no_memory(replica.MAX_FAILED_RESTARTS)
+        notes.groups[-1].kill()
+        with pytest.raises(OutOfMemory):
+            engine.submit(wants("never")).result(SECONDS)
+        assert engine.state == "failed"
+
+
+def test_what_cannot_work_is_given_up_at_once(make: Make, notes: Notebook) -> None:
+    notes.start_errors = no_memory()
+    with pytest.raises(OutOfMemory):
+        make().start()
+    assert len(notes.groups) == 1, "it has never served"
+    with make() as engine:
+        notes.start_errors = [WorkerError("codec", "CheckpointError", "vae lacks a tensor; download it again")]
+        notes.groups[-1].kill()
+        until(lambda: engine.state == "failed")
+    assert len(notes.groups) == 3
+
+
+def test_an_engine_that_waits_to_start_again_can_be_closed(
+    make: Make, notes: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make() as engine:
+        monkeypatch.setattr(replica, "PAUSE_AFTER_FAILED_START_S", 600.0)
+        monkeypatch.setattr(replica, "MAX_PAUSE_S", 600.0)
+        notes.start_errors = no_memory()
+        notes.groups[-1].kill()
+        until(lambda: len(notes.groups) == 2 and notes.groups[1].is_closed and engine.state == "restarting")
+    assert engine.state == "closed"
+
+
 def test_a_fault_of_the_supervisor_is_a_death_like_any_other(
     make: Make, notes: Notebook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +383,58 @@ def test_a_full_disk_is_told_before_the_run(make: Make, notes: Notebook, monkeyp
             waiting.result(SECONDS)
         slow.result(SECONDS)
     assert one_end(waiting) is Failed
+
+
+def test_resuming_asks_for_room_as_submitting_does(make: Make, notes: Notebook) -> None:
+    with make(max_queue=2, max_per_owner=2) as engine:
+        left = [_left_behind(engine, f"abcde{n}", owner="anna") for n in range(3)]
+        for folder in left:
+            folder.append(Failed(job_id=folder.job_id, kind="WorkerDied", message="rank 0 was killed"))
+        running = engine.submit(wants("slow"), owner="anna")
+        until(lambda: running.state == "running")
+        first = engine.resume("abcde0")
+        with pytest.raises(QueueFull, match="you have 2 jobs"):
+            engine.resume("abcde1")
+        engine.submit(wants("other"), owner="bert")
+        first.cancel()
+        engine.submit(wants("third"), owner="carl")
+        with pytest.raises(QueueFull, match="2 jobs are waiting"):
+            engine.resume("abcde1")
+        assert isinstance(left[1].final_event(), Failed), "what was refused is as it was"
+        notes.let_go.set()
+    later = make(max_queue=0, max_per_owner=1)
+    again = [_left_behind(later, f"bbbbb{n}", owner="anna") for n in range(3)]
+    assert {job.id for job in later.recover()} >= {folder.job_id for folder in again}, "these were taken once"
+
+
+def test_resuming_asks_for_room_on_the_disk(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualparal.runtime.storage.RESERVE_BYTES", 10**7)
+    with make(max_disk_bytes=25 * 10**6) as engine:
+        old = engine.submit(wants("old"))
+        old.result(SECONDS)
+        (old.folder.path / "video.mp4").write_bytes(b"x" * 14 * 10**6)
+        mine = _left_behind(engine, "abcdef")
+        mine.append(Failed(job_id="abcdef", kind="WorkerDied", message="rank 0 was killed"))
+        (mine.path / "block_0000.ts").write_bytes(b"x" * 10**6)
+        other = _left_behind(engine, "bbbbbb", dtype="bfloat16")
+        with pytest.raises(RequestError, match="this engine runs"):
+            engine.resume(other.job_id)
+        assert old.folder.path.is_dir(), "nothing is deleted for a job that cannot go on"
+        (old.folder.path / "video.mp4").write_bytes(b"x" * 17 * 10**6)
+        old.folder.append(old.view().final)  # type: ignore[arg-type]  # its size is looked at again
+        assert engine.resume("abcdef").result(SECONDS)
+        assert not old.folder.path.exists() and mine.path.is_dir()
+
+
+def test_a_quota_is_not_promised_twice(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualparal.runtime.storage.RESERVE_BYTES", 10**7)
+    with make(max_disk_bytes=25 * 10**6) as engine:
+        slow = engine.submit(wants("slow"))
+        engine.submit(wants("waits"))
+        with pytest.raises(OutputError, match="promised to jobs that have not ended"):
+            engine.submit(wants("too many"))
+        assert len(list(engine.outputs.iterdir())) == 2
+        slow.cancel()
 
 
 def test_replicas_must_be_a_count(tiny: Path) -> None:

@@ -95,6 +95,19 @@ def test_the_cache_is_bounded_and_never_fails(tmp_path: Path) -> None:
     assert broken.load("x") is None
 
 
+def test_a_folder_that_can_only_be_read_serves_hits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = EmbeddingCache(tmp_path)
+    cache.store("a", torch.ones(1, 2, 3))
+
+    def utime(*_: object) -> None:
+        raise PermissionError(13, "Read-only file system")
+
+    monkeypatch.setattr("dualparal.model.text_cache.os.utime", utime)
+    found = cache.load("a")
+    assert found is not None and torch.equal(found, torch.ones(1, 2, 3))
+    assert cache.load("b") is None
+
+
 def test_a_missing_tensor_is_named(tiny: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

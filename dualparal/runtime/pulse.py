@@ -1,0 +1,51 @@
+"""What the workers' heartbeats say: who has fallen silent, and who has been at one and the same step for too long.
+
+Time is passed in and counted, not read off the heartbeats: where this process or the whole machine was stopped for a while,
+everybody's silence means nothing. Knows no process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from dualparal.runtime.messages import Beat
+
+SILENCE_S = 20.0  # a worker that sends no heartbeat for so long hangs
+MAX_LOOK_S = 2.0  # between two looks; whatever is beyond it, this process has slept
+
+
+class Pulse:
+    """The heartbeats of one group of workers. `beats` holds each one's last."""
+
+    def __init__(self, now_s: float, timeout_s: float) -> None:
+        """`timeout_s`: how long one step may take."""
+        self.beats: dict[str, Beat] = {}
+        self._looked_s, self._timeout_s = now_s, timeout_s
+        self._silence_s: dict[str, float] = {}
+
+    def look(self, now_s: float) -> None:
+        """Let time pass. Call it every second or so, before what has come since is taken."""
+        passed_s, self._looked_s = min(now_s - self._looked_s, MAX_LOOK_S), now_s
+        self._silence_s = {name: silence_s + passed_s for name, silence_s in self._silence_s.items()}
+
+    def hear(self, name: str) -> None:
+        """A worker lives, and may be expected to go on sending heartbeats."""
+        self._silence_s[name] = 0.0
+
+    def take(self, beat: Beat) -> None:
+        """A heartbeat has come."""
+        self.hear(beat.name)
+        self.beats[beat.name] = beat
+
+    def fault(self, loading: Collection[str]) -> str | None:
+        """One sentence on the first worker that hangs, None while all is well.
+
+        Those `loading` are left alone: importing and loading may hold the interpreter for long.
+        """
+        for name, silence_s in self._silence_s.items():
+            if silence_s > SILENCE_S and name not in loading:
+                return f"{name} has not answered for {SILENCE_S:.0f} s"
+        for name, beat in self.beats.items():
+            if beat.busy_s > self._timeout_s and name not in loading:
+                return f"{name} has been at one step for {self._timeout_s:.0f} s ({beat.step}), the engine's timeout_s"
+        return None
