@@ -63,7 +63,8 @@ class StageShare:
 class StateWriter:
     """Writes finished blocks and sweep borders of one job, in order, from a thread of its own.
 
-    At most `max_share` of the run's time goes into saving: after a save that took t seconds the next one waits t / max_share.
+    At most `max_share` of the run's time goes into saving, the next sweep's included: it is saved when the time since the start
+    allows for one more save like the last. The first comes after `MIN_INTERVAL_S`.
     A full disk ends the saving, not the job. With a `share` the stages' K/V belong to a border; borders whose K/V are larger
     than `MAX_BYTES` are not saved.
     """
@@ -75,7 +76,8 @@ class StateWriter:
         self._work: queue.Queue[tuple[str, int, SweepState | torch.Tensor] | None] = queue.Queue()
         self._is_busy = False
         self._has_failed = False
-        self._next_s = 0.0
+        self._started_s = time.monotonic()
+        self._next_s = self._started_s + MIN_INTERVAL_S
         self.seconds = 0.0  # spent saving
         try:
             folder.mkdir(exist_ok=True)  # before other ranks look for it
@@ -140,7 +142,8 @@ class StateWriter:
             spent_s = time.monotonic() - started_s
             self.seconds += spent_s
             if kind == "sweep":
-                self._next_s = time.monotonic() + max(MIN_INTERVAL_S, spent_s / self._max_share)
+                allowed_s = self._started_s + (self.seconds + spent_s) / self._max_share
+                self._next_s = max(time.monotonic() + MIN_INTERVAL_S, allowed_s)
                 self._is_busy = False
 
     def _fail(self, error: Exception) -> None:

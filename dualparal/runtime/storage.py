@@ -43,7 +43,10 @@ def sweep_bytes(request: GenerationRequest) -> int:
     # The ends of a neighbour that later items will see: one for each step it is ahead, and its head where experts change.
     ends = in_flight * request.num_cat * (stagger + 2)
     blocks = in_flight * request.num_per_block + request.num_cat  # the first block is longer
-    return (SAVED_COPIES * blocks + ends) * _latent_bytes(request)
+    copies = SAVED_COPIES
+    if (request.cache_interval or 1) > 1:
+        copies += (request.cache_order or 0) + 1  # predictions that skipped steps are extrapolated from
+    return (copies * blocks + ends) * _latent_bytes(request)
 
 
 def _latent_bytes(request: GenerationRequest) -> int:

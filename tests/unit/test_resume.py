@@ -89,6 +89,7 @@ def _request(rules: Rules) -> GenerationRequest:
     return GenerationRequest(
         prompt="", latents_num=15, num_per_block=3, num_cat=2, num_inference_steps=5, height=32, width=32,
         schedule=rules.policy, max_in_flight=rules.max_in_flight, stagger=rules.stagger,
+        cache_interval=rules.step_cache.interval if rules.step_cache else None, cache_order=1,
     )  # fmt: skip
 
 
@@ -173,6 +174,29 @@ def test_no_border_is_saved_while_another_rank_lacks_the_one_before_or_caches_ar
     monkeypatch.setattr("dualparal.runtime.state.MAX_BYTES", 2 * 64 - 1)  # two layers, 64 bytes of K and V each
     assert not writer.wants_sweep(tails)
     assert "run again" in caplog.text
+    writer.close()
+
+
+def test_saving_keeps_to_its_share_with_the_next_save_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def slow_save(folder: Path, state: SweepState, share: StageShare | None) -> None:
+        nonlocal now
+        now += 3.0
+
+    monkeypatch.setattr("dualparal.runtime.state.time.monotonic", lambda: now)
+    monkeypatch.setattr("dualparal.runtime.state.write_sweep", slow_save)
+    writer = StateWriter(tmp_path / "state", max_share=0.02)
+    assert not writer.wants_sweep(), "before there was any run to have a share of"
+    saves = 0
+    for now in range(100, 1100):
+        if writer.wants_sweep():
+            writer.save_sweep(SweepState(next_index=1, num_finished=0, latents={}, counts={}, samplers={}))
+            while writer._is_busy:
+                time.sleep(0.001)
+            saves += 1
+            assert saves == 1 or 3.0 * saves <= 0.02 * (now - 100)
+    assert saves == 6  # after 2 s, then whenever 50 times the next total has passed: 300, 450, 600, 750 and 900 s
     writer.close()
 
 
