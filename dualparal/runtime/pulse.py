@@ -42,9 +42,9 @@ class Pulse:
 
         Those `loading` are left alone: importing and loading may hold the interpreter for long.
         """
-        for name, silence_s in self._silence_s.items():
-            if silence_s > SILENCE_S and name not in loading:
-                return f"{name} has not answered for {SILENCE_S:.0f} s"
+        silent = [name for name, silence_s in self._silence_s.items() if silence_s > SILENCE_S and name not in loading]
+        if silent:  # on a loaded machine others may be late too; the one that hangs was heard least recently
+            return f"{max(silent, key=self._silence_s.__getitem__)} has not answered for {SILENCE_S:.0f} s"
         for name, beat in self.beats.items():
             if beat.busy_s > self._timeout_s and name not in loading:
                 return f"{name} has been at one step for {self._timeout_s:.0f} s ({beat.step}), the engine's timeout_s"

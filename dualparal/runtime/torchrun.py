@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from dualparal.errors import EngineError, RequestError
 
@@ -53,7 +53,7 @@ class Notice:
 
     host: str
     port: int
-    key: str
+    key: str = field(repr=False)
 
     def shared_key(self, team: Team) -> bytes:
         """What opens the connection; raises `EngineError` when the secret is not known here."""

@@ -15,8 +15,10 @@ import httpx
 import pytest
 from gradio_client.exceptions import AppError
 
+from dualparal.errors import RequestError
 from dualparal.media.metadata import describe, read_settings
 from dualparal.request import GenerationRequest
+from dualparal.ui import owners
 from dualparal.ui.api import MEANINGS, Calls
 from dualparal.ui.studio import Studio
 from tests.page_server import GRADIO_WARNINGS, Server
@@ -250,6 +252,11 @@ def test_a_job_with_an_owner_is_unknown_to_others(slow: Server) -> None:
         for endpoint in ("/status", "/cancel", "/result"):
             with pytest.raises(AppError, match="there is no job"):
                 slow.client.predict(job_id=job_id, owner=owner, api_name=endpoint)
+    studio = Studio(slow.engine)  # type: ignore[arg-type]
+    for owner in ("", owners.owner_of("guess")):
+        for action in (studio.resume, studio.compare, studio.cancel, studio.delete):  # the page's buttons
+            with pytest.raises(RequestError, match="there is no job"):
+                action(job_id, owner)
     assert slow.client.predict(job_id=job_id, owner="my secret", api_name="/cancel")["job_id"] == job_id
     assert slow.wait(job_id, has_ended, owner="my secret")["state"] == "cancelled"
     assert "my secret" not in (slow.engine.outputs / job_id / "request.json").read_text()

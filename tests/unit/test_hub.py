@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         self.asked: list[tuple[str, str, str | None]] = []
+        self.logins: set[str | None] = set()
         self.status = 200
         self.cut_off: str | None = None  # a file that ends halfway, once
 
@@ -54,6 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, has_body: bool) -> None:
         hub, path = self.server, self.path.partition("?")[0]
         hub.asked.append((self.command, path, self.headers.get("Range")))
+        hub.logins.add(self.headers.get("Authorization"))
         if hub.status != 200:
             code = {401: "GatedRepo", 404: "RepoNotFound"}.get(hub.status, "")
             self._send(hub.status, b"{}", {"X-Error-Code": code} if code else {}, has_body)
@@ -182,6 +185,20 @@ def test_refusals_of_the_hub(hub: Hub, status: int, says: str) -> None:
     with pytest.raises(CheckpointError, match=says) as error:
         download()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_the_token_is_sent_and_never_told(
+    hub: Hub, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    token = "hf_NeverTellThisToAnybody"
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.status = status
+    with caplog.at_level(logging.DEBUG), pytest.raises(CheckpointError) as error:
+        download()
+    assert f"Bearer {token}" in hub.logins, "a gated model could not be had"
+    told = capfd.readouterr()
+    assert token not in str(error.value) + caplog.text + told.out + told.err
 
 
 def test_no_such_revision(hub: Hub) -> None:

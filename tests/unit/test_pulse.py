@@ -56,6 +56,14 @@ def test_all_workers_silent_at_once_are_not_taken_for_a_sleep_of_this_process() 
     assert pulse.fault(loading=()) == "rank 0 has not answered for 20 s"
 
 
+def test_of_several_late_ones_the_latest_is_named() -> None:
+    pulse = heard("rank 0", "codec")
+    look_until(pulse, 0, 5, "rank 0")
+    look_until(pulse, 5, 5 + SILENCE_S)
+    pulse.look(5 + SILENCE_S + 1)
+    assert pulse.fault(loading=()) == "codec has not answered for 20 s"
+
+
 def test_a_sleep_of_this_process_is_nobodys_silence() -> None:
     pulse = heard("rank 0")
     look_until(pulse, 0, 5, "rank 0")
