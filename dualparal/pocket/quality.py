@@ -45,6 +45,7 @@ class Method:
     context: str = "recomputed"
     latents_num: int = 0
     cache_interval: int | None = None
+    guidance_stop: float | None = None
 
     def lengths(self, latents_num: int) -> list[int]:
         """Latents of each block for a video of that many latents."""
@@ -72,6 +73,7 @@ def all_methods() -> dict[str, Method]:
     methods += [
         Method(name=f"paper 8+4, recomputed, step cache {n}", num_per_block=8, num_cat=4, cache_interval=n) for n in (2, 3)
     ]
+    methods.append(Method(name="paper 8+4, recomputed, guidance until 0.6", num_per_block=8, num_cat=4, guidance_stop=0.6))
     return {method.name: method for method in methods}
 
 
@@ -85,7 +87,7 @@ def make_frames(engine: Any, method: Method, prompt: Prompt, seed: int, options:
         prompt=prompt.caption, height=SIDE_PX, width=SIDE_PX, latents_num=latents_num,
         num_per_block=method.num_per_block or latents_num,
         num_cat=method.num_cat, schedule=method.schedule, context=method.context, seed=seed,
-        num_inference_steps=options.steps, cache_interval=method.cache_interval,
+        num_inference_steps=options.steps, cache_interval=method.cache_interval, guidance_stop=method.guidance_stop,
     )  # fmt: skip
     job = engine.submit(request, export_images=True)
     job.result()

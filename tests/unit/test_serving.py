@@ -288,10 +288,12 @@ def test_workers_that_served_once_are_given_time_to_come_back(make: Make, notes:
         engine.submit(wants("before")).result(SECONDS)
         notes.start_errors = no_memory(replica.MAX_FAILED_RESTARTS - 1)
         notes.groups[-1].kill()
+        until(lambda: engine.replicas[0].num_restarts > 0)  # a job handed to the dead group would end with it
         assert engine.submit(wants("after")).result(SECONDS).num_frames == 4 * NUM_BLOCKS
         assert engine.replicas[0].num_restarts == replica.MAX_FAILED_RESTARTS
         notes.start_errors = no_memory(replica.MAX_FAILED_RESTARTS)
         notes.groups[-1].kill()
+        until(lambda: engine.replicas[0].num_restarts > replica.MAX_FAILED_RESTARTS)
         with pytest.raises(OutOfMemory):
             engine.submit(wants("never")).result(SECONDS)
         assert engine.state == "failed"
