@@ -9,50 +9,35 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dualparal.core.job_plan import JobPlan, Placement, Speed, fastest_layers, plan_job, settle_text_encoder
-from dualparal.core.proposals import first_proposal
-from dualparal.core.rules import settle_rules
-from dualparal.core.sizes import DiTSizes
+from dualparal.core.job_plan import JobPlan
 from dualparal.errors import DualParalError, EngineError, RequestError
-from dualparal.model.attention_backends import check_attention
-from dualparal.model.known import sizes_of
-from dualparal.model.layout import split_layers
-from dualparal.model.lora_source import find_loras
-from dualparal.model.source import find_model
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest
 from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, check_fits, check_plain, make_baseline_folder
-from dualparal.runtime.calibration import cache_folder, load_speed
 from dualparal.runtime.claim import claim
-from dualparal.runtime.devices import bytes_per_device, is_on_gpu, place, place_hosts
 from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.engine_options import (
     changes_of,
-    check_offload,
-    check_quantization,
-    check_text_encoder,
-    dtype_name,
-    layer_counts,
 )
+from dualparal.runtime.equipment import Equipment
 from dualparal.runtime.gate import Gate
 from dualparal.runtime.host import host_rank
 from dualparal.runtime.intake import Admit, Intake
 from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
 from dualparal.runtime.journal import JobFolder, find_job, new_job_id, outputs_folder
-from dualparal.runtime.messages import RunJob, WorkerOptions
+from dualparal.runtime.messages import RunJob
 from dualparal.runtime.recovery import check_can_go_on, cut_off, told_blocks, warn_of_other_bits
 from dualparal.runtime.replica import Replica
 from dualparal.runtime.storage import Storage
 from dualparal.runtime.tensors import checked_noise, checked_text
-from dualparal.runtime.torchrun import Team, end_with_the_agent, settle_ranks
+from dualparal.runtime.torchrun import Team, end_with_the_agent
 
 if TYPE_CHECKING:
     import torch
@@ -117,49 +102,15 @@ class Engine:
         `log_json`: workers log one JSON object a line. `team`: one pipeline over torchrun's processes (`torchrun.find_team`),
         each a rank; only the first may be started, the others `host`.
         """
-        check_quantization(quantization)  # both before a download
-        check_attention(attention, on_gpu=is_on_gpu(device))
-        self.preset, self.checkpoint = find_model(str(model), preset)
-        self.num_experts = self.checkpoint.num_experts
-        ranks = settle_ranks(team, ranks, replicas)
-        self.ranks, self.num_replicas, self.team = ranks, replicas, team
-        if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
-            raise RequestError(f"ranks={ranks!r} is not a number of processes; use 1 or more", "ranks")
-        if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
-            raise RequestError(f"replicas={replicas!r} is not a number of worker groups; use 1 or more", "replicas")
-        counts = layer_counts(layer_split)
-        layers = split_layers(self.checkpoint.num_layers, ranks, None if isinstance(counts, str) else counts)
-        local_ranks = team.local_ranks if team else ranks  # on this host
-        places = [
-            place_hosts(device, ranks, local_ranks) if team else place(device, ranks, replica, replicas)
-            for replica in range(replicas)
-        ]
-        devices, codec_device = places[0]
-        name = dtype_name(dtype, "float32" if devices[0] == "cpu" else self.preset.dtype, "dtype")
-        vae_dtype = dtype_name(vae_dtype, self.preset.vae_dtype, "vae_dtype")
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads={threads} is not a number of threads; use 1 or more", "threads")
+        gear = self._gear = Equipment(
+            model, preset, ranks=ranks, replicas=replicas, device=device, dtype=dtype, layer_split=layer_split, threads=threads,
+            timeout_s=timeout_s, verbose=verbose, log_json=log_json, worker_hook=worker_hook, attention=attention,
+            compile=compile, quantization=quantization, offload=offload, vae_dtype=vae_dtype, text_encoder=text_encoder,
+            loras=loras, team=team,
+        )  # fmt: skip
+        self.preset, self.checkpoint, self.num_experts = gear.preset, gear.checkpoint, gear.num_experts
+        self.ranks, self.num_replicas, self.team = gear.ranks, replicas, team
         self.outputs = outputs_folder(outputs)
-        self._options = WorkerOptions(
-            folder=str(self.checkpoint.folder), layers=layers, devices=devices, codec_device=codec_device,
-            dtype=name, threads=threads or max(1, (os.cpu_count() or 1) // (local_ranks * replicas)), timeout_s=timeout_s,
-            verbose=verbose, log_json=log_json, worker_hook=worker_hook, attention=attention, is_compiled=compile,
-            vae_dtype=vae_dtype, text_encoder=check_text_encoder(text_encoder), text_cache=str(cache_folder() / "text"),
-            loras=find_loras(loras, self.num_experts), quantization=check_quantization(quantization),
-            is_offloaded=check_offload(
-                offload, on_gpu=devices[0] != "cpu", quantization=quantization, is_compiled=compile
-            ),
-        )  # fmt: skip
-        self._sizes = sizes_of(self.checkpoint)
-        self._placement = Placement(
-            layers=tuple(len(stage) for stage in layers), dtype=name, vae_dtype=vae_dtype, text_encoder=text_encoder,
-            quantization=quantization, is_offloaded=offload,
-            codec_rank=devices.index(codec_device) if devices[0] != "cpu" and codec_device in devices else None,
-            on_gpu=devices[0] != "cpu", bytes_per_device=bytes_per_device(devices[0].partition(":")[0]),
-        )  # fmt: skip
-        if isinstance(counts, str):
-            self._options = dataclasses.replace(self._options, layers=self._split_for_speed())
-        self._options = dataclasses.replace(self._options, text_encoder=self._settle_text_encoder())
         storage = Storage(self.outputs, max_disk_bytes)
         self.desk = Dispatcher(
             JobQueue(max_jobs=max_queue, max_per_owner=max_per_owner),
@@ -167,12 +118,12 @@ class Engine:
             check=lambda job: storage.check_free(job.request, job.id),
         )
         self.replicas = tuple(
-            Replica(f"replica {n}", dataclasses.replace(self._options, devices=own, codec_device=codec), self.desk)
-            for n, (own, codec) in enumerate(places)
+            Replica(f"replica {n}", dataclasses.replace(gear.options, devices=own, codec_device=codec), self.desk)
+            for n, (own, codec) in enumerate(gear.places)
         )  # each with its own `state`, `workers` and `error`
         self.desk.replicas = self.replicas
         self._baselines = BaselineLane(
-            devices[0], self.text_encoder, is_idle=lambda: not self.desk.jobs(), on_end=self.desk.note_end
+            gear.options.devices[0], self.text_encoder, is_idle=lambda: not self.desk.jobs(), on_end=self.desk.note_end
         )
         self._intake = Intake(self.desk, self._baselines, storage, admit)
         self._is_started = False
@@ -197,22 +148,22 @@ class Engine:
 
     @property
     def dtype(self) -> str:
-        return self._options.dtype
+        return self._gear.options.dtype
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers per rank."""
-        return self._placement.layers
+        return self._gear.placement.layers
 
     @property
     def threads(self) -> int:
         """CPU threads of each process."""
-        return self._options.threads
+        return self._gear.options.threads
 
     @property
     def text_encoder(self) -> str:
         """Where the text encoder is after encoding: keep, free or cpu."""
-        return self._placement.text_encoder
+        return self._gear.placement.text_encoder
 
     # Life
 
@@ -271,7 +222,7 @@ class Engine:
     def host(self) -> int:
         """On torchrun's ranks other than 0, in place of `start`: run this rank's worker until rank 0 ends; the exit code."""
         assert self.team is not None and not self.team.is_front_end
-        return host_rank(self.team, self._options)
+        return host_rank(self.team, self._gear.options)
 
     _at_exit: Callable[[], None] | None = None
     _gate: Gate | None = None
@@ -280,42 +231,14 @@ class Engine:
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         """`request` with every field filled, checked against the preset's limits; raises `RequestError`."""
-        resolved = request.resolve(self.preset, num_experts=self.num_experts, boundary_ratio=self.checkpoint.boundary_ratio)
-        return settle_rules(resolved, self.ranks)
+        return self._gear.resolve(request)
 
     def plan(self, request: GenerationRequest, *, is_short: bool = False) -> JobPlan:
         """What `request` needs of this engine's devices: bytes, and times once `plan --calibrate` has been run on them.
 
         `is_short` leaves the times out and is quick for any length. `.refusal` is what `submit` would say.
         """
-        plan = plan_job(self.resolve(request), self._sizes, self._placement, speed=self._speed, is_short=is_short)
-        if plan.refusal is not None and (way := first_proposal(plan.request, self._sizes, self._placement)) is not None:
-            plan = dataclasses.replace(plan, way_out=way.flags)
-        return plan
-
-    def _settle_text_encoder(self) -> str:
-        """Settle `text_encoder="auto"`, for the preset's own video; kept in the placement, and said in the log."""
-        asked = self._placement.text_encoder
-        self._placement = settle_text_encoder(self.resolve(GenerationRequest(prompt="")), self._sizes, self._placement)
-        if asked != self.text_encoder:
-            log.info("text_encoder=%s: %s", asked, self.text_encoder)
-        return self.text_encoder
-
-    @property
-    def _speed(self) -> Speed | None:
-        placement = self._placement
-        return load_speed("cuda" if placement.on_gpu else "cpu", placement.dtype, DiTSizes.of(self._sizes.config).dim)
-
-    def _split_for_speed(self) -> tuple[range, ...]:
-        """Settle `layer_split="auto"`, for the preset's own video. Other hosts leave it to rank 0 and are told."""
-        if self.team is not None and not self.team.is_front_end:
-            return ()
-        speed, request = self._speed, self.resolve(GenerationRequest(prompt=""))
-        counts = fastest_layers(request, self._sizes, self._placement, speed)
-        self._placement = dataclasses.replace(self._placement, layers=counts)
-        by = "measured times" if speed else "FLOPs (plan --calibrate measures this host)"
-        log.info("layer_split=auto: %s layers per rank, by %s", ",".join(map(str, counts)), by)
-        return split_layers(self.checkpoint.num_layers, self.ranks, counts)
+        return self._gear.plan(request, is_short=is_short)
 
     def submit(
         self,
@@ -348,7 +271,7 @@ class Engine:
             self._check_open()
             folder = JobFolder.create(
                 self.outputs, job_id, resolved, preset=self.preset.name, owner=owner, ranks=self.ranks, layers=self.layers,
-                text_encoder=self.text_encoder, export_images=export_images, has_tensors=has_tensors, **self._made_with(),
+                text_encoder=self.text_encoder, export_images=export_images, has_tensors=has_tensors, **self._gear.made_with(),
             )  # fmt: skip
             run = RunJob(folder.job_id, resolved, str(folder.path), return_latents, export_images, noise, cond, uncond)
             return self._add(run, folder, owner)
@@ -365,7 +288,7 @@ class Engine:
         """
         resolved, job_id = self.resolve(request), new_job_id()
         check_plain(self.changes())
-        check_fits(self.plan(resolved, is_short=True), self._sizes, num_replicas=self.num_replicas)
+        check_fits(self.plan(resolved, is_short=True), self._gear.sizes, num_replicas=self.num_replicas)
         self._intake.check(resolved)
         self._check_open()
         with self._intake.taking(resolved, owner, job_id):
@@ -387,14 +310,7 @@ class Engine:
 
     def changes(self) -> dict[str, Any]:
         """Options that change the numbers, as a job's record keeps them; empty for the model as it is."""
-        return changes_of(self._options)
-
-    def _made_with(self) -> dict[str, Any]:
-        """What a job's record says of the engine that makes it, as far as bits depend on it."""
-        return {
-            "model": str(self.checkpoint.folder), "dtype": self.dtype, "threads": self.threads,
-            "device": "cuda" if self._placement.on_gpu else "cpu", **self.changes(),
-        }  # fmt: skip
+        return changes_of(self._gear.options)
 
     def resume(self, job_id: str, *, return_latents: bool = False) -> Job:
         """Queue a job of this outputs folder again that was interrupted, stopped or failed; it goes on from its last saved
@@ -423,12 +339,12 @@ class Engine:
         known = self.desk.get(folder.job_id)
         if known is not None and not known.has_ended:
             raise RequestError(f"job {folder.job_id} has not ended; there is nothing to resume", "job_id")
-        check_can_go_on(folder, self._made_with())
+        check_can_go_on(folder, self._gear.made_with())
 
     def _go_on(self, folder: JobFolder, return_latents: bool = False) -> Job:
         with self.desk.changed:
             self._check_can_go_on(folder)
-            warn_of_other_bits(folder, self._made_with())
+            warn_of_other_bits(folder, self._gear.made_with())
             record = folder.record()
             run = RunJob(
                 folder.job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")),

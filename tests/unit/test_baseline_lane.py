@@ -204,19 +204,19 @@ def test_comparisons_share_the_limits_and_are_counted_and_forgotten(
 def test_a_comparison_has_to_fit_beside_the_engine(tiny: Path, tmp_path: Path) -> None:
     engine = make_engine(tiny, tmp_path)
     plan = engine.plan(GenerationRequest(prompt="x", latents_num=100, height=64, width=64), is_short=True)
-    baseline_lane.check_fits(plan, engine._sizes)
+    baseline_lane.check_fits(plan, engine._gear.sizes)
     held = plan.bytes_in_all
     for have, fits in ((2 * held, False), (1000 * held, True), (None, True)):
         small = replace(plan, placement=replace(plan.placement, bytes_per_device=have))
         if fits:
-            baseline_lane.check_fits(small, engine._sizes)
+            baseline_lane.check_fits(small, engine._gear.sizes)
         else:
             with pytest.raises(RequestError, match="the whole video at once and needs"):
-                baseline_lane.check_fits(small, engine._sizes)
+                baseline_lane.check_fits(small, engine._gear.sizes)
     few = replace(plan, placement=replace(plan.placement, bytes_per_device=50 * held))
-    baseline_lane.check_fits(few, engine._sizes)
+    baseline_lane.check_fits(few, engine._gear.sizes)
     with pytest.raises(RequestError):
-        baseline_lane.check_fits(few, engine._sizes, num_replicas=50)
+        baseline_lane.check_fits(few, engine._gear.sizes, num_replicas=50)
 
 
 def test_the_real_pipeline(tiny: Path, tmp_path: Path) -> None:

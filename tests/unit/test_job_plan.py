@@ -32,7 +32,7 @@ from dualparal.model import calibrate
 from dualparal.model.known import find_sizes, sizes_of
 from dualparal.model.layout import Checkpoint, split_layers
 from dualparal.presets import Preset, load_presets
-from dualparal.runtime import devices, engine
+from dualparal.runtime import devices, equipment
 from dualparal.runtime.calibration import load_speed, store_speed
 
 SPEED = Speed(flops_per_s=2e14, decode_s_per_pixel=1e-6)
@@ -248,7 +248,7 @@ def test_published_sizes_equal_a_folders(tiny: Path) -> None:
 
 
 def test_the_engine_refuses_before_anything_starts(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "bytes_per_device", lambda device: 1000)
+    monkeypatch.setattr(equipment, "bytes_per_device", lambda device: 1000)
     made = Engine(str(tiny), outputs=tmp_path)
     request = GenerationRequest(prompt="x", latents_num=8, height=32, width=32, num_per_block=4, num_cat=2)
     assert made.plan(request).refusal
@@ -260,10 +260,10 @@ def test_the_engine_refuses_before_anything_starts(tiny: Path, tmp_path: Path, m
 
 def test_a_refusal_names_what_would_help(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "count_gpus", lambda: 1)
-    monkeypatch.setattr(engine, "bytes_per_device", lambda device: None)
+    monkeypatch.setattr(equipment, "bytes_per_device", lambda device: None)
     request = GenerationRequest(prompt="x", latents_num=24, height=32, width=32, num_per_block=8, num_cat=4)
     needed = Engine(str(tiny), outputs=tmp_path).plan(request).bytes_per_rank
-    monkeypatch.setattr(engine, "bytes_per_device", lambda device: needed - 1)
+    monkeypatch.setattr(equipment, "bytes_per_device", lambda device: needed - 1)
     made = Engine(str(tiny), outputs=tmp_path, text_encoder="keep")
     refusal = made.plan(request, is_short=True).refusal
     assert refusal is not None and refusal.endswith("; it would fit with --text_encoder cpu")
@@ -292,9 +292,9 @@ def test_an_engine_settles_it_once(tiny: Path, monkeypatch: pytest.MonkeyPatch, 
     """By the preset's own video, not by what is asked later."""
     caplog.set_level("INFO")
     for room, place in ((None, "keep"), (10**12, "keep"), (10**6, "free")):
-        monkeypatch.setattr(engine, "bytes_per_device", lambda device, room=room: room)
+        monkeypatch.setattr(equipment, "bytes_per_device", lambda device, room=room: room)
         made = Engine(str(tiny))
-        assert made.text_encoder == made._options.text_encoder == place
+        assert made.text_encoder == made._gear.options.text_encoder == place
         assert all(replica.options.text_encoder == place for replica in made.replicas)
         small = GenerationRequest(prompt="x", latents_num=1, height=32, width=32)
         assert made.plan(small).placement.text_encoder == place

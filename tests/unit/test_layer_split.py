@@ -194,7 +194,7 @@ def test_the_engine_takes_auto(tiny: Path, tmp_path: Path, slow_ends: None, capl
     with caplog.at_level("INFO"):
         found = Engine(str(tiny), ranks=2, layer_split="auto", device="cpu", outputs=tmp_path)
     assert found.layers == (1, 3)
-    assert [len(stage) for stage in found._options.layers] == [1, 3]
+    assert [len(stage) for stage in found._gear.options.layers] == [1, 3]
     assert "layer_split=auto: 1,3 layers per rank, by measured times" in caplog.text
     request = GenerationRequest(prompt="x", latents_num=4, height=32, width=32)
     assert found.plan(request).placement.layers == (1, 3)
@@ -249,7 +249,7 @@ def test_hosts_leave_the_split_to_rank_0(tiny: Path, tmp_path: Path, slow_ends: 
         return Team(rank=rank, ranks=2, local_rank=0, local_ranks=1, master_addr="127.0.0.1", master_port=1, run_id="x")
 
     def options(rank: int, **changes: Any) -> Any:
-        return Engine(str(tiny), device="cpu", threads=1, outputs=tmp_path, team=team(rank), **changes)._options
+        return Engine(str(tiny), device="cpu", threads=1, outputs=tmp_path, team=team(rank), **changes)._gear.options
 
     front = options(0, layer_split="auto")
     assert [len(stage) for stage in front.layers] == [1, 3]

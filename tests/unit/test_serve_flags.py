@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_log_flags_reach_the_workers(tiny: Path, tmp_path: Path, flags: list[str], is_json: bool, is_verbose: bool) -> None:
     where = ["--preset", str(tiny), "--device", "cpu", "--outputs", str(tmp_path)]
     engine = serve.open_engine(serve.parser().parse_args([*where, *flags]))
-    assert (engine._options.log_json, engine._options.verbose) == (is_json, is_verbose)
+    assert (engine._gear.options.log_json, engine._gear.options.verbose) == (is_json, is_verbose)
     words = ["generate", "--prompt", "x", "--model_id", str(tiny), *where[2:], *flags]
     options = cli._parser().parse_args([cli._with_underscores(word) for word in words])
     engine = cli.make_engine(options)
-    assert (engine._options.log_json, engine._options.verbose) == (is_json, is_verbose)
+    assert (engine._gear.options.log_json, engine._gear.options.verbose) == (is_json, is_verbose)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_replicas_share_the_queue_and_one_may_fail(make: Make, notes: Notebook) 
 def test_one_replica_that_never_starts_leaves_the_other_serving(
     make: Make, notes: Notebook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dualparal.runtime.engine.place", lambda d, ranks, n=0, of=1: (("cpu",), f"cpu:{n}"))
+    monkeypatch.setattr("dualparal.runtime.equipment.place", lambda d, ranks, n=0, of=1: (("cpu",), f"cpu:{n}"))
     notes.dead_replicas = {"cpu:1"}
     with make(replicas=2) as engine:
         until(lambda: engine.replicas[1].state == "failed")

@@ -19,7 +19,7 @@ from dualparal.model import attention_backends
 from dualparal.model.layout import Checkpoint
 from dualparal.model.speedups import use_attention
 from dualparal.model.stage import Stage
-from dualparal.runtime import devices, engine
+from dualparal.runtime import devices, equipment
 from tests.local_ring import denoise_in_threads
 from tests.texts import joined, some_texts
 
@@ -94,7 +94,7 @@ def test_the_engine_refuses_before_anything_starts(
 
 
 def test_a_bad_name_costs_no_download(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(engine, "find_model", lambda *given: pytest.fail("the model was looked for"))
+    monkeypatch.setattr(equipment, "find_model", lambda *given: pytest.fail("the model was looked for"))
     command = ["generate", "--preset", "wan2.1-1.3b-480p", "--prompt", "x", "--attention"]
     assert main([*command, "quick"]) == 2
     told = capsys.readouterr()
