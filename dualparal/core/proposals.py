@@ -216,7 +216,7 @@ def changes_in_words(asked: JobPlan, proposed: JobPlan) -> list[str]:
         lines.append("left context recomputed: other numbers, more work")
     if after.vae_dtype != before.vae_dtype:
         lines.append(
-            f"VAE in {after.vae_dtype}: 0.002 dB worse in a small VAE, Wan's own has not been measured (docs/benchmarks.md)"
+            f"VAE in {after.vae_dtype}: 0.03 dB worse in a small VAE, Wan's own has not been measured (docs/benchmarks.md)"
         )
     if after.quantization != before.quantization:
         lines.append(

@@ -1,7 +1,7 @@
 """Retrain Pocket Wan from scratch: `python -m dualparal.pocket.train --seed 0`.
 
 Autoencoder first, then transformer and text encoder on its latents, then export. Killed and started again it goes on from
-its last checkpoint. Some two hours on two CPU cores.
+its last checkpoint. A little over three hours of one CPU core.
 """
 
 from __future__ import annotations
