@@ -55,6 +55,7 @@ class FakeGroup:
     notebook: Notebook
 
     missing: tuple[str, ...] = ()
+    far: tuple[str, ...] = ()
 
     def __init__(self, options: WorkerOptions, gate: None = None) -> None:
         self.options = options

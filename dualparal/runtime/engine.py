@@ -31,7 +31,7 @@ from dualparal.runtime.host import host_rank
 from dualparal.runtime.intake import Admit, Intake
 from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
-from dualparal.runtime.journal import JobFolder, find_job, new_job_id, outputs_folder
+from dualparal.runtime.journal import JobFolder, check_job_id, find_job, new_job_id, outputs_folder
 from dualparal.runtime.messages import RunJob
 from dualparal.runtime.recovery import check_can_go_on, cut_off, told_blocks, warn_of_other_bits
 from dualparal.runtime.replica import Replica
@@ -264,7 +264,7 @@ class Engine:
         cond = checked_text(prompt_embeds, "prompt_embeds", self.checkpoint)
         uncond = checked_text(negative_prompt_embeds, "negative_prompt_embeds", self.checkpoint)
         has_tensors = any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds))
-        job_id = new_job_id() if job_id is None else job_id
+        job_id = new_job_id() if job_id is None else check_job_id(job_id)
         self._intake.check(resolved)
         self._check_open()
         with self._intake.taking(resolved, owner, job_id), self.desk.changed:

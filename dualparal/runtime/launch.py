@@ -68,6 +68,11 @@ class WorkerGroup:
         self._call_remote()
 
     @property
+    def far(self) -> list[str]:
+        """Workers on other hosts."""
+        return [name for name, _ in self._remote()]
+
+    @property
     def missing(self) -> list[str]:
         """Ranks whose hosts have not come yet; there is no deadline for that."""
         return [name for name, worker in self._remote() if not worker.line and not worker.has_ended]

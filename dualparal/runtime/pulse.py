@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from dualparal.runtime.messages import Beat
+from dualparal.runtime.network import LOST_AFTER_S
 
 SILENCE_S = 20.0  # a worker that sends no heartbeat for so long hangs
 MAX_LOOK_S = 2.0  # between two looks; whatever is beyond it, this process has slept
@@ -17,11 +18,13 @@ MAX_LOOK_S = 2.0  # between two looks; whatever is beyond it, this process has s
 class Pulse:
     """The heartbeats of one group of workers. `beats` holds each one's last."""
 
-    def __init__(self, now_s: float, timeout_s: float) -> None:
-        """`timeout_s`: how long one step may take."""
+    def __init__(self, now_s: float, timeout_s: float, far: Collection[str] = ()) -> None:
+        """`timeout_s`: how long one step may take. `far`: workers on other hosts; a lost connection is to be named as that, so
+        their silence is given the time that takes besides."""
         self.beats: dict[str, Beat] = {}
         self._looked_s, self._timeout_s = now_s, timeout_s
         self._silence_s: dict[str, float] = {}
+        self._far = frozenset(far)
 
     def look(self, now_s: float) -> None:
         """Let time pass. Call it every second or so, before what has come since is taken."""
@@ -42,10 +45,16 @@ class Pulse:
 
         Those `loading` are left alone: importing and loading may hold the interpreter for long.
         """
-        silent = [name for name, silence_s in self._silence_s.items() if silence_s > SILENCE_S and name not in loading]
+        silent = [
+            name for name, silence_s in self._silence_s.items() if silence_s > self._limit_s(name) and name not in loading
+        ]
         if silent:  # on a loaded machine others may be late too; the one that hangs was heard least recently
-            return f"{max(silent, key=self._silence_s.__getitem__)} has not answered for {SILENCE_S:.0f} s"
+            name = max(silent, key=self._silence_s.__getitem__)
+            return f"{name} has not answered for {self._limit_s(name):.0f} s"
         for name, beat in self.beats.items():
             if beat.busy_s > self._timeout_s and name not in loading:
                 return f"{name} has been at one step for {self._timeout_s:.0f} s ({beat.step}), the engine's timeout_s"
         return None
+
+    def _limit_s(self, name: str) -> float:
+        return SILENCE_S + LOST_AFTER_S * (name in self._far)

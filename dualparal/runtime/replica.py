@@ -160,7 +160,7 @@ class Replica:
 
     def _watch(self, group: WorkerGroup, waiting_for: set[str]) -> DualParalError | None:
         """Serve until something ends the group; returns what did, None at closing."""
-        pulse = Pulse(time.monotonic(), self.options.timeout_s)
+        pulse = Pulse(time.monotonic(), self.options.timeout_s, group.far)
         self.beats = pulse.beats
         deadline_s = time.monotonic() + START_TIMEOUT_S
         error: DualParalError | None = None

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
 from dualparal.cli import main
 from dualparal.media.metadata import read_settings
 from tests.conftest import wait_until
-from tests.distributed.test_engine import count_frames
+from tests.distributed.test_engine import count_frames, hears_control_c
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 600
@@ -30,12 +31,11 @@ def dualparal(folder: Path, *arguments: str | Path) -> Iterator[subprocess.Popen
     """The program at work in `folder`, on a terminal of its own as far as signals go; its output comes through pipes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("DUALPARAL_OUTPUTS", None)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "dualparal", *map(str, arguments)], cwd=folder, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
-    )  # fmt: skip
-    signal.signal(signal.SIGINT, before)
+    with hears_control_c():
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "dualparal", *map(str, arguments)], cwd=folder, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
+        )  # fmt: skip
     try:
         yield process
     finally:
@@ -98,20 +98,31 @@ def test_control_c_keeps_the_finished_blocks_and_resume_goes_on(tiny: Path, tmp_
     assert count_frames(video) == count_frames(part) == 237
 
 
-def test_a_failure_of_the_engine_is_one_sentence(tiny: Path, tmp_path: Path, leaves_nothing: None) -> None:
-    """What is found out in a worker only: a tensor of the VAE is missing."""
+def test_a_checkpoint_that_lacks_a_tensor_is_one_sentence_before_any_job(tiny: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny, tmp_path / "model")
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     del tensors["decoder.conv_out.bias"]
     save_file(tensors, weights, metadata={"format": "pt"})
     with dualparal(tmp_path, "generate", "--model_id", model, "--prompt", "x", "--latents_num", "5", *SIZE) as process:
-        first_line(process)
         out, err = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 1, err
-    assert not out
-    assert err.splitlines()[-1].startswith("error: ") and "decoder.conv_out.bias" in err.splitlines()[-1]
-    assert err.count("error: ") == 1 and "Traceback" not in err
+    assert (process.returncode, out) == (1, ""), err
+    assert err.startswith("error: ") and "decoder.conv_out.bias" in err and err.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_killed_worker_is_one_sentence_and_exit_code_1(tiny: Path, tmp_path: Path, leaves_nothing: None) -> None:
+    request = ["--prompt", "long", "--latents_num", "60", "--sample_steps", "20", "--schedule", "preview", *SIZE]
+    with dualparal(tmp_path, "generate", "--model_id", tiny, *request) as process:
+        folder = tmp_path / "outputs" / first_line(process)
+        assert wait_until(lambda: any(folder.glob("block_*.ts")) or process.poll() is not None, WAIT_S)
+        for worker in psutil.Process(process.pid).children():
+            if "spawn_main" in " ".join(worker.cmdline()):
+                worker.kill()
+        out, err = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, out) == (1, ""), err
+    assert err.splitlines()[-1].startswith("error: ") and "was killed by SIGKILL" in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

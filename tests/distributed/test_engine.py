@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -519,15 +520,26 @@ def script(folder: Path, outputs: Path, then: str) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def hears_control_c() -> Iterator[None]:
+    """A program started within it does not ignore SIGINT, as a shell's background jobs do, and what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def start_script(tmp_path: Path, tiny: Path, then: str, as_file: bool = False) -> subprocess.Popen[str]:
     command = script(tiny, tmp_path / "outputs", then)
     if as_file:
         (tmp_path / "unguarded.py").write_text(command[-1])
         command[-2:] = [str(tmp_path / "unguarded.py")]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    with hears_control_c():
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -550,8 +562,8 @@ def test_an_unguarded_script_and_an_exception_in_it(tiny: Path, tmp_path: Path, 
 
 def test_control_c(tiny: Path, tmp_path: Path, leaves_nothing: None) -> None:
     then = """job = engine.submit(GenerationRequest(prompt="y", latents_num=100, num_inference_steps=150, seed=7))
-        print(next(type(event).__name__ for event in job.events(60) if hasattr(event, "items_done")), flush=True)
-        job.result(100)"""
+        print(next(type(event).__name__ for event in job.events(300) if hasattr(event, "items_done")), flush=True)
+        job.result(600)"""
     process = start_script(tmp_path, tiny, then)
     assert process.stdout is not None
     assert process.stdout.readline() == "begin\n"
@@ -560,7 +572,7 @@ def test_control_c(tiny: Path, tmp_path: Path, leaves_nothing: None) -> None:
     children = family(process)
     assert len(children) >= 3
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode in (1, -signal.SIGINT)
     assert err.strip().splitlines()[-1] == "KeyboardInterrupt", err
     assert err.count("Traceback") == 1 and "leaked" not in err, err

@@ -49,8 +49,8 @@ def slow(tmp_path: Path) -> Iterator[Server]:
 # Good calls
 
 
-def test_generate_yields_status_while_running_and_ends_with_the_video(server: Server) -> None:
-    job = server.client.submit(prompt="a kite", seed=3, seconds=6, num_inference_steps=40, api_name="/generate")
+def test_generate_yields_status_while_running_and_ends_with_the_video(slow: Server) -> None:
+    job = slow.client.submit(prompt="a kite", seed=3, seconds=6, num_inference_steps=30, api_name="/generate")
     updates = list(job)
     assert len(updates) > 2, "only one update: nothing was told while it ran"
     assert all(video is None for video, _ in updates[:-1])

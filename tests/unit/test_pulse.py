@@ -21,6 +21,7 @@ from dualparal.request import GenerationRequest
 from dualparal.runtime import worker
 from dualparal.runtime.codec_worker import Codec
 from dualparal.runtime.messages import Beat, CloseVideo, DecodeBlock, EncodeText, OpenVideo, RunJob, Shutdown
+from dualparal.runtime.network import LOST_AFTER_S
 from dualparal.runtime.pulse import SILENCE_S, Pulse
 from dualparal.runtime.stage_worker import SpanLog
 
@@ -48,6 +49,16 @@ def test_a_silent_worker_is_named_within_seconds() -> None:
     assert pulse.fault(loading={"codec"}) is None
     pulse.take(Beat("codec"))
     assert pulse.fault(loading=()) is None
+
+
+def test_a_worker_on_another_host_is_left_the_time_in_which_its_connection_is_found_to_be_lost() -> None:
+    pulse = Pulse(0.0, timeout_s=600.0, far=["rank 1"])
+    for name in ("rank 0", "rank 1"):
+        pulse.hear(name)
+    look_until(pulse, 0, SILENCE_S + LOST_AFTER_S, "rank 0")
+    assert pulse.fault(loading=()) is None
+    look_until(pulse, SILENCE_S + LOST_AFTER_S, SILENCE_S + LOST_AFTER_S + 2, "rank 0")
+    assert pulse.fault(loading=()) == f"rank 1 has not answered for {SILENCE_S + LOST_AFTER_S:.0f} s"
 
 
 def test_all_workers_silent_at_once_are_not_taken_for_a_sleep_of_this_process() -> None:
