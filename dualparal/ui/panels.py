@@ -109,7 +109,7 @@ def board(found: Snapshot, studio: Studio) -> str:
     first_words = ""
     if first is not None:
         first_words = f'<span class="first">first frames after {duration(first)}</span>'
-    elif progress is not None and (wait_s := first_frames_in_s(found, progress)) is not None:
+    elif found.state == "running" and progress and (wait_s := first_frames_in_s(found, progress)) is not None:
         first_words = f'<span class="first">first frames in about {duration(wait_s)}</span>'
     share = 1.0 if found.state == "finished" else progress.items_done / max(1, progress.num_items) if progress else 0.0
     return (
