@@ -180,6 +180,8 @@ class Job:
                 case Interrupted():
                     self._started = self._progress = None
                 case Finished() | Failed() | Cancelled():
+                    if isinstance(event, Finished):
+                        self.folder.drop_state()  # not before the journal says so: a kill in between must leave one of the two
                     if not self._unstored:  # else nobody may take it for a job that was cut off
                         self.release()
                     self._final = event

@@ -13,6 +13,7 @@ only appended to (a torn last line is ignored), and everything else is written u
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -156,6 +157,14 @@ class JobFolder:
         """The finished blocks' segments, in order."""
         found = {int(match[1]): path for path in self.path.glob("block_*.ts") if (match := SEGMENT.fullmatch(path.name))}
         return [found[block] for block in sorted(found)]
+
+    def drop_state(self) -> None:
+        """Remove what only a job that goes on needs, at once for whoever looks; no error when it is gone or must stay."""
+        going = self.path / f".{STATE_FOLDER}.going"
+        shutil.rmtree(going, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.path / STATE_FOLDER).rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
     def delete(self) -> None:
         """Remove the job and all its files; no error when it is gone already. Raises `OutputError`."""

@@ -22,7 +22,10 @@ MAX_INTERRUPTIONS = 5  # a job that was running whenever the program died may be
 def cut_off(outputs: Path) -> Iterator[JobFolder]:
     """Jobs that have not ended and that nobody works on, the oldest first; those that cannot go on are ended here."""
     for folder in reversed(list(list_jobs(outputs))):
-        if folder.final_event() is not None or is_claimed(folder):
+        final = folder.final_event()
+        if isinstance(final, Finished):
+            folder.drop_state()  # the program was killed while it did
+        if final is not None or is_claimed(folder):
             continue
         try:
             reason = _note(folder)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import shutil
 import threading
 import time
 from collections import deque
@@ -31,7 +30,6 @@ from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.ending import end_early
 from dualparal.runtime.gate import Gate
 from dualparal.runtime.job import Job
-from dualparal.runtime.journal import STATE_FOLDER
 from dualparal.runtime.launch import WorkerGroup
 from dualparal.runtime.messages import (
     Beat,
@@ -249,8 +247,6 @@ class Replica:
                         self._decoding[job.id] = job
             case VideoClosed():
                 job.keep_latents(message.latents)
-                if not message.is_cancelled:
-                    shutil.rmtree(job.folder.path / STATE_FOLDER, ignore_errors=True)
                 job.emit(_final_event(job, message))
                 self._drop(job)
             case JobError():

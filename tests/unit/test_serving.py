@@ -26,7 +26,7 @@ from dualparal.runtime import dispatcher, recovery, replica
 from dualparal.runtime.claim import claim, is_claimed
 from dualparal.runtime.engine import Engine
 from dualparal.runtime.job import Job
-from dualparal.runtime.journal import JobFolder
+from dualparal.runtime.journal import STATE_FOLDER, JobFolder
 from dualparal.runtime.messages import Span, WorkerError
 from dualparal.runtime.registry import list_facts
 from tests.fake_group import NUM_BLOCKS, Notebook, fake_groups
@@ -191,6 +191,42 @@ def test_a_restart_goes_on_with_everything(make: Make, notes: Notebook) -> None:
     assert [kind for kind in kinds(found[0]) if kind in ("Interrupted", "Started")] == ["Started", "Interrupted", "Started"]
     assert "Interrupted" not in kinds(found[1]), "it had not begun"
     assert notes.names().count("done") == 1
+
+
+def test_saved_sweeps_go_after_the_end_is_written_down(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill at any moment leaves a job that goes on from what it saved, or one that has finished."""
+    known: list[str] = []
+    really = JobFolder.drop_state
+
+    def drop_state(folder: JobFolder) -> None:
+        known.append(type(folder.final_event()).__name__)
+        really(folder)
+
+    monkeypatch.setattr(JobFolder, "drop_state", drop_state)
+    with make() as engine:
+        slow = engine.submit(wants("slow"))
+        until(lambda: len(slow.view().blocks) == 2)
+        (slow.folder.path / STATE_FOLDER).mkdir()
+        slow.cancel()
+        with pytest.raises(JobCancelled):
+            slow.result(SECONDS)
+        assert (slow.folder.path / STATE_FOLDER).is_dir(), "it may be resumed"
+        job = engine.submit(wants("quick"))
+        (job.folder.path / STATE_FOLDER).mkdir(exist_ok=True)
+        job.result(SECONDS)
+        assert known == ["Finished"] and not (job.folder.path / STATE_FOLDER).exists()
+
+
+def test_saved_sweeps_of_a_finished_job_are_cleared_away(make: Make) -> None:
+    """The program was killed after the end had been written down."""
+    engine = make()
+    folder = _left_behind(engine, "abcdef")
+    folder.append(Finished(job_id="abcdef", path=str(folder.video), num_frames=1, timings={}))
+    for name in (STATE_FOLDER, f".{STATE_FOLDER}.going"):
+        (folder.path / name).mkdir()
+        (folder.path / name / "latents_0000.safetensors").touch()
+    assert engine.recover() == []
+    assert sorted(path.name for path in folder.path.iterdir()) == ["events.jsonl", "request.json"]
 
 
 def test_a_job_that_takes_the_program_down_is_given_up(make: Make, tmp_path: Path) -> None:
