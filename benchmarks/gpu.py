@@ -1,6 +1,7 @@
 """Block steps of a whole stage on one CUDA device at Wan's real shapes, random weights, bf16, against `WanPipeline`'s forward.
 
     python -m benchmarks.gpu [--model 1.3b] [--layers 30] [--attention native] [--compile] [--quantization fp8] [--offload]
+                             [--context cached [--offload_cache]]
 
 For several windows: time per item and per own latent, against diffusers' own transformer over a whole video of 21 latents in
 the same run (guidance halves one after the other, as `WanPipeline` runs them); share of the card's measured bf16 matmul
@@ -80,7 +81,7 @@ def random_model(
 
 def measure_steps(
     config: Mapping[str, Any], request: GenerationRequest, *, num_items: int = 24, attention: str | None = None,
-    is_compiled: bool = False, quantization: str | None = None, is_offloaded: bool = False,
+    is_compiled: bool = False, quantization: str | None = None, is_offloaded: bool = False, is_cache_offloaded: bool = False,
 ) -> Measured:  # fmt: skip
     """Run the first items of `request`'s schedule on a stage that holds all layers of `config`."""
     assert request.height and request.width and request.num_inference_steps and request.guidance_scale is not None
@@ -90,7 +91,7 @@ def measure_steps(
         layers = range(int(config["num_layers"]))
         stage = Stage(
             _Shape(config), layers, dtype="bfloat16", device=DEVICE, attention=attention, is_compiled=is_compiled,  # type: ignore[arg-type]
-            quantization=quantization, is_offloaded=is_offloaded,
+            quantization=quantization, is_offloaded=is_offloaded, is_cache_offloaded=is_cache_offloaded,
         )  # fmt: skip
     workload = workload_of(request, config, [len(layers)], rules=rules_of(request))
     schedule = make_schedule(rules_of(request), workload.schedule.plan, (0,) * request.num_inference_steps)
@@ -149,11 +150,11 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started_s
 
 
-def _request(num_per_block: int, num_cat: int, height: int, width: int) -> GenerationRequest:
+def _request(num_per_block: int, num_cat: int, height: int, width: int, context: Any) -> GenerationRequest:
     return GenerationRequest(
         prompt="x", negative_prompt="", latents_num=6 * num_per_block, height=height, width=width, fps=16, seed=0,
         num_inference_steps=8, guidance_scale=5.0, guidance_scale_2=5.0, flow_shift=3.0, num_per_block=num_per_block,
-        num_cat=num_cat, schedule="paper", context="recomputed",
+        num_cat=num_cat, schedule="paper", context=context,
     )  # fmt: skip
 
 
@@ -168,6 +169,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--quantization", choices=("fp8", "int8"))
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--context", choices=("recomputed", "cached"), default="recomputed")
+    parser.add_argument("--offload_cache", action="store_true", help="left caches wait in host memory")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; this host has none")
@@ -179,15 +182,17 @@ def main() -> None:
     per_latent_s = whole_s / WHOLE_LATENTS
     rows = []
     for num_per_block, num_cat in WINDOWS:
-        request = _request(num_per_block, num_cat, options.height, options.width)
+        request = _request(num_per_block, num_cat, options.height, options.width, options.context)
         found = measure_steps(config, request, attention=options.attention, is_compiled=options.compile,
-                              quantization=options.quantization, is_offloaded=options.offload)  # fmt: skip
+                              quantization=options.quantization, is_offloaded=options.offload,
+                              is_cache_offloaded=options.offload_cache)  # fmt: skip
         plan = memory_plan(
             workload_of(request, config, [config["num_layers"]]),
             height=options.height,
             width=options.width,
             quantization=options.quantization,
             is_offloaded=options.offload,
+            is_cache_offloaded=options.offload_cache,
         ).ranks[0]
         planned = plan.total - plan.latents - plan.codec - GPU_RUNTIME_BYTES
         own_s = found.seconds / num_per_block
@@ -196,7 +201,9 @@ def main() -> None:
             f"{found.flops / found.seconds / peak:.0%}", f"{found.peak_bytes / 1e9:.2f}", f"{planned / 1e9:.2f}",
         ))  # fmt: skip
     print(f"{hardware()}\n")
-    extras = [name for name, is_on in (("compiled", options.compile), ("offloaded", options.offload)) if is_on]
+    extras = [name for name, is_on in (("compiled", options.compile), ("offloaded", options.offload),
+                                (f"{options.context} context", options.context == "cached"),
+                                ("left caches offloaded", options.offload_cache)) if is_on]  # fmt: skip
     told = ", ".join([f"attention {options.attention or 'native'}", *filter(None, [options.quantization]), *extras])
     print(
         f"{options.model}, {config['num_layers']} layers, {options.width}x{options.height}, bf16, {told}; matmul peak "

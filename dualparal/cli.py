@@ -194,8 +194,8 @@ def make_engine(options: argparse.Namespace) -> Any:
         model, preset=preset, ranks=options.ranks, device=options.device, dtype=options.dtype, threads=options.threads,
         layer_split=options.layer_split, outputs=options.outputs, verbose=options.verbose, log_json=options.log_json,
         attention=options.attention, compile=options.compile, vae_dtype=options.vae_dtype,
-        quantization=options.quantization, offload=options.offload, text_encoder=options.text_encoder, loras=options.lora,
-        team=find_team(),
+        quantization=options.quantization, offload=options.offload, offload_cache=options.offload_cache,
+        text_encoder=options.text_encoder, loras=options.lora, team=find_team(),
     )  # fmt: skip
 
 

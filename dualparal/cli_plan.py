@@ -29,6 +29,7 @@ from dualparal.runtime.engine_options import (
     QUANTIZATIONS,
     TEXT_ENCODER_PLACES,
     check_offload,
+    check_offload_cache,
     dtype_name,
     layer_counts,
 )
@@ -61,6 +62,11 @@ def add_low_memory_flags(add: Callable[..., Any]) -> None:
     """The flags that `generate`, `resume`, `serve` and `plan` share; `add` is a parser's or group's `add_argument`."""
     add("--quantization", choices=QUANTIZATIONS, help="8-bit weights of the layers (changes the numbers; int8 needs torchao)")
     add("--offload", action="store_true", help="layers wait in host memory and come to the GPU one by one")
+    add(
+        "--offload_cache",
+        action="store_true",
+        help="with --context cached, neighbours' K and V wait in host memory (GPUs only)",
+    )
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -137,7 +143,7 @@ def describe(plan: JobPlan, speed_source: str, split_source: str = "") -> str:
     busy = ", ".join(f"{share:.0%}" for share in plan.forecast.busy)
     return "\n".join([
         *lines, "",
-        f"Time at {speed_source}, with loading, text encoding{', layers on their way' * placement.is_offloaded} left out:",
+        f"Time at {speed_source}, with loading, text encoding{_on_their_way(plan)} left out:",
         f"  a sweep up to {duration(plan.sweep_s)}, first frames after {duration(plan.first_frames_s)}, "
         f"all after {duration(plan.total_s)}; stages busy {busy}",
     ])  # fmt: skip
@@ -153,7 +159,16 @@ def _skipping(schedule: Schedule) -> str:
 
 def _low_memory(placement: Placement) -> str:
     stored = f" (weights in {placement.quantization})" if placement.quantization else ""
-    return stored + (", which wait in host memory" if placement.is_offloaded else "")
+    caches = ", left caches in host memory" if placement.is_cache_offloaded else ""
+    return stored + (", which wait in host memory" if placement.is_offloaded else "") + caches
+
+
+def _on_their_way(plan: JobPlan) -> str:
+    """What a plan's times leave out where copies to and from host memory have not been measured."""
+    if plan.speed is None or plan.speed.link_bytes_per_s is not None:
+        return ""
+    away = [("layers", plan.placement.is_offloaded), ("caches", plan.placement.is_cache_offloaded)]
+    return "".join(f", {what} on their way" for what, is_away in away if is_away)
 
 
 def duration(seconds: float) -> str:
@@ -194,6 +209,7 @@ def _placement(options: argparse.Namespace, preset: Preset, model: ModelSizes) -
         text_encoder=options.text_encoder,
         quantization=options.quantization,
         is_offloaded=check_offload(options.offload, on_gpu=not is_cpu, quantization=options.quantization, is_compiled=False),
+        is_cache_offloaded=check_offload_cache(options.offload_cache, on_gpu=not is_cpu),
     )
 
 

@@ -18,6 +18,7 @@ from dualparal.core.work import Workload, query_and_key_frames
 from dualparal.request import GenerationRequest
 
 GPU_RUNTIME_BYTES = 10**9  # CUDA context, library workspaces, allocator slack: the same on every card
+CACHED_LAYERS_ON_DEVICE = 5  # of a left cache that waits in host memory: three on their way out, two on their way in
 SAMPLER_COPIES = 6  # a block in flight on rank 0: latents, two past predictions, last sample, and the step's own two
 # Peak of a streamed decode of the Wan VAE (base_dim 96), by its dtype: a test measures the graph. In half precision a little
 # more than half of float32's, for norms and upsampling work in float32.
@@ -45,13 +46,14 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`ranks[r]` for each rank; `layers[r]` its layers; `codec` is the codec's need wherever it runs; `host` are the bytes of
-    all ranks' offloaded layers in host memory."""
+    """`ranks[r]` for each rank; `layers[r]` its layers; `codec` is the codec's need wherever it runs; `host_layers` and
+    `host_caches` are the bytes of all ranks' offloaded layers and left caches in host memory."""
 
     ranks: tuple[RankMemory, ...]
     layers: tuple[int, ...]
     codec: int
-    host: int = 0
+    host_layers: int = 0
+    host_caches: int = 0
 
     @property
     def most(self) -> int:
@@ -114,19 +116,21 @@ def memory_plan(
     on_gpu: bool = True,
     quantization: str | None = None,
     is_offloaded: bool = False,
+    is_cache_offloaded: bool = False,
 ) -> MemoryPlan:
     """The memory of every rank for `workload` at `height` x `width` pixels.
 
     `codec_rank`: the rank whose device the codec shares, None when it has its own. `text_encoder_bytes` and `vae_bytes`
     default to UMT5-XXL in `dtype` and Wan's VAE in `vae_dtype`, which also decides the room that decoding takes. `num_texts`:
     different prompts in one job. `quantization`: fp8 or int8. `is_offloaded`: layers wait in host memory, two at a time are on
-    the device.
+    the device; `is_cache_offloaded`: so do the K and V of left neighbours, `CACHED_LAYERS_ON_DEVICE` layers of one block's at a
+    time.
     """
     sizes, schedule, width_bytes = workload.sizes, workload.schedule, DTYPE_BYTES[dtype]
     ends = [sum(workload.layers[: rank + 1]) for rank in range(len(workload.layers))]
     stages = [range(end - count, end) for end, count in zip(ends, workload.layers, strict=True)]
     per_cached_frame = 2 * workload.tokens_per_frame * sizes.dim * width_bytes  # K and V, per layer and guidance half
-    cached = most_cached_frames(workload)
+    cached = most_cached_frames(workload, is_offloaded=is_cache_offloaded)
     unpacked = _unpacked_bytes(sizes, width_bytes, quantization)
     peak = max(_layer_peak(workload, item, width_bytes, unpacked) for item in _distinct(workload))
     message = max(_hidden_bytes(workload, item, width_bytes) for item in _distinct(workload))
@@ -134,7 +138,7 @@ def memory_plan(
     ranks = tuple(
         RankMemory(
             weights=_weights_bytes(sizes, stage, dtype, quantization, num_experts, is_offloaded),
-            feature_cache=cached * per_cached_frame * len(stage),
+            feature_cache=cached.on_device(len(stage)) * per_cached_frame,
             activations=peak,
             messages=_messages(rank, len(stages)) * message,
             text=_text_bytes(workload, len(stage), width_bytes, num_texts) * num_experts + _rope_bytes(workload),
@@ -144,8 +148,9 @@ def memory_plan(
         )
         for rank, stage in enumerate(stages)
     )
-    host = sizes.layer.num_bytes(dtype, quantization) * sum(workload.layers) * num_experts if is_offloaded else 0
-    return MemoryPlan(ranks, workload.layers, codec, host)
+    num_layers = sum(workload.layers)
+    host = sizes.layer.num_bytes(dtype, quantization) * num_layers * num_experts if is_offloaded else 0
+    return MemoryPlan(ranks, workload.layers, codec, host, cached.in_host * per_cached_frame * num_layers)
 
 
 def _weights_bytes(
@@ -163,15 +168,27 @@ def _unpacked_bytes(sizes: DiTSizes, width_bytes: int, quantization: str | None)
     return sizes.ffn_dim * sizes.dim * width_bytes if quantization else 0
 
 
-def most_cached_frames(workload: Workload) -> int:
-    """Most latent frames x guidance halves whose K and V a layer holds at once.
+@dataclass(frozen=True)
+class CachedFrames:
+    """Most latent frames x guidance halves whose K and V a layer holds at once: `kept` on the device from item to item,
+    `in_host` in host memory, of which `moving` at most come or go with one item."""
 
-    A layer drops what it uses before it leaves anything behind, so the most is held between two items.
-    """
+    kept: int
+    in_host: int = 0
+    moving: int = 0
+
+    def on_device(self, num_layers: int) -> int:
+        """Frames x halves x layers on the device of a rank with `num_layers`."""
+        return self.kept * num_layers + self.moving * CACHED_LAYERS_ON_DEVICE
+
+
+def most_cached_frames(workload: Workload, *, is_offloaded: bool = False) -> CachedFrames:
+    """The most that is held between two items (a layer drops what it uses before it leaves anything behind), left caches in
+    host memory when `is_offloaded`."""
     plan = workload.schedule.plan
     heads: dict[int | None, int] = {}
     tails: dict[tuple[int, int | None], int] = {}
-    most = 0
+    most = most_heads = most_tails = moving = 0
     for item in workload.schedule.items:
         if item.is_skipped:
             continue
@@ -184,8 +201,11 @@ def most_cached_frames(workload: Workload) -> int:
         replaced = tails.get((item.block, item.half), 0) if item.keeps_tail else 0
         if item.keeps_tail:
             tails[item.block, item.half] = plan.num_left(item.block + 1) * halves
-        most = max(most, replaced + sum(heads.values()) + sum(tails.values()))
-    return most
+        in_tails = replaced + sum(tails.values())
+        most = max(most, in_tails + sum(heads.values()))
+        most_heads, most_tails = max(most_heads, sum(heads.values())), max(most_tails, in_tails)
+        moving = max(moving, *tails.values(), 0)
+    return CachedFrames(most_heads, most_tails, moving) if is_offloaded else CachedFrames(most)
 
 
 def codec_bytes(
@@ -215,7 +235,8 @@ def format_plan(plan: MemoryPlan) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     where = "on a rank's device (included above)" if any(rank.codec for rank in plan.ranks) else "on a device of its own"
     total = sum(rank.total for rank in plan.ranks)
-    host = f" Offloaded layers: {gigabytes(plan.host)} of host memory." if plan.host else ""
+    waiting = [(plan.host_layers, "layers"), (plan.host_caches, "left caches")]
+    host = "".join(f" Offloaded {what}: {gigabytes(size)} of host memory." for size, what in waiting if size)
     return "\n".join(
         [*lines, f"All ranks: {gigabytes(total)}. Codec: {gigabytes(plan.codec)}, {where}.{host} GB = 10^9 bytes."]
     )

@@ -43,7 +43,8 @@ class Placement:
 
     `codec_rank`: the rank whose GPU the codec shares, None for a GPU of its own. `bytes_per_device`: of each GPU, or of the
     host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised), or auto until
-    `settle_text_encoder`. `quantization`: None, fp8 or int8. `is_offloaded`: layers wait in host memory.
+    `settle_text_encoder`. `quantization`: None, fp8 or int8. `is_offloaded`: layers wait in host memory;
+    `is_cache_offloaded`: so do left neighbours' K and V.
     """
 
     layers: tuple[int, ...]
@@ -55,6 +56,7 @@ class Placement:
     text_encoder: str = "keep"
     quantization: str | None = None
     is_offloaded: bool = False
+    is_cache_offloaded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class Speed:
     """What a device does: FLOP/s of a stage's layers, seconds of VAE decode per latent frame and output pixel.
 
     Seconds of what the first and the last rank do besides: patch embedding per token of the window, output head per own token
-    and guidance half (None: not measured, taken by their FLOPs), and one sampler step.
+    and guidance half (None: not measured, taken by their FLOPs), and one sampler step. `link_bytes_per_s`: of copies between
+    device and pinned host memory, one way (None: not measured, what waits there is taken to arrive in time).
     """
 
     flops_per_s: float
@@ -70,6 +73,7 @@ class Speed:
     embed_s_per_token: float | None = None
     head_s_per_token: float | None = None
     sampler_s: float = 0.0
+    link_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +145,22 @@ class JobPlan:
         num_latents = workload.schedule.plan.lengths[item.block] * item.is_whole
         is_run = not item.is_skipped
         return StepTimes(
-            layer=workload.layer_flops(item) / speed.flops_per_s * is_run,
+            layer=max(workload.layer_flops(item) / speed.flops_per_s, self._link_s(item)) * is_run,
             first=first * is_run + speed.sampler_s * item.is_whole,
             last=last * is_run,
             decode=speed.decode_s_per_pixel * request.height * request.width * num_latents / workload.schedule.num_steps,
         )
+
+    def _link_s(self, item: Item) -> float:
+        """Seconds that what waits in host memory is on its way for one layer: copies run beside the layer before."""
+        placement, workload = self.placement, self.workload
+        if self.speed is None or self.speed.link_bytes_per_s is None:
+            return 0.0
+        sizes = workload.sizes
+        per_frame = 2 * workload.tokens_per_frame * sizes.dim * DTYPE_BYTES[placement.dtype]
+        comes, goes = (frames * per_frame * placement.is_cache_offloaded for frames in workload.moved_frames(item))
+        comes += sizes.layer.num_bytes(placement.dtype, placement.quantization) * placement.is_offloaded
+        return max(comes, goes) / self.speed.link_bytes_per_s
 
     @cached_property
     def cost(self) -> ItemCost:
@@ -153,7 +168,7 @@ class JobPlan:
         known: dict[tuple[int, ...], list[float]] = {}
 
         def seconds(item: Item, rank: int) -> float:
-            shape = (*self.workload.shape_of(item), item.is_whole, item.is_skipped)
+            shape = (*self.workload.shape_of(item), *self.workload.moved_frames(item), item.is_whole, item.is_skipped)
             if shape not in known:
                 known[shape] = self.step_times(item).of_ranks(self.placement.layers, self.placement.codec_rank)
             return known[shape][rank]
@@ -228,7 +243,7 @@ def _memory(workload: Workload, request: GenerationRequest, model: ModelSizes, p
         workload, height=request.height, width=request.width, dtype=placement.dtype, num_experts=model.num_experts,
         codec_rank=placement.codec_rank, text_encoder_bytes=0, vae_bytes=vae_bytes,
         vae_dtype=placement.vae_dtype, on_gpu=placement.on_gpu, quantization=placement.quantization,
-        is_offloaded=placement.is_offloaded,
+        is_offloaded=placement.is_offloaded, is_cache_offloaded=placement.is_cache_offloaded,
     )  # fmt: skip
     # Encoding and decoding never happen at once: a text encoder that leaves the device makes room for the decoder's work.
     is_kept = placement.text_encoder == "keep" or (not placement.on_gpu and placement.text_encoder == "cpu")

@@ -62,8 +62,13 @@ class _Option:
     apply: Callable[[GenerationRequest, Placement], tuple[GenerationRequest, Placement]]
 
 
-# From the least change of the video to the greatest. Offloaded layers give the same bits.
+# From the least change of the video to the greatest. Offloaded caches and layers give the same bits.
 _OPTIONS = (
+    _Option(
+        "--offload_cache",
+        lambda request, placement: placement.on_gpu and not placement.is_cache_offloaded and request.context == "cached",
+        lambda request, placement: (request, replace(placement, is_cache_offloaded=True)),
+    ),
     _Option(
         "--offload",
         lambda request, placement: placement.on_gpu and not placement.is_offloaded and placement.quantization != "int8",
@@ -210,7 +215,13 @@ def changes_in_words(asked: JobPlan, proposed: JobPlan) -> list[str]:
         lines.append("the text encoder leaves the GPU after encoding: the same bits, some seconds more for every new prompt")
     if after.is_offloaded and not before.is_offloaded:
         lines.append(
-            f"layers wait in {gigabytes(proposed.memory.host)} of host memory: the same bits, slower where windows are short"
+            f"layers wait in {gigabytes(proposed.memory.host_layers)} of host memory: the same bits, slower where windows are "
+            "short"
+        )
+    if after.is_cache_offloaded and not before.is_cache_offloaded:
+        lines.append(
+            f"left caches wait in {gigabytes(proposed.memory.host_caches)} of host memory: the same bits, slower where copies "
+            "take longer than the work beside them"
         )
     if new.context != old.context:
         lines.append("left context recomputed: other numbers, more work")

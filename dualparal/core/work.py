@@ -63,6 +63,14 @@ class Workload:
         patch = math.prod(self.sizes.patch_size)
         return self.halves_of(item) * 2 * self.own_tokens(item) * self.sizes.dim * self.sizes.out_channels * patch
 
+    def moved_frames(self, item: Item) -> tuple[int, int]:
+        """Latent frames x guidance halves whose K and V come to a layer from its left neighbour's last pass, and that it leaves
+        for its right neighbour: what goes over the link to host memory when left caches wait there."""
+        plan, halves = self.schedule.plan, self.halves_of(item)
+        comes = plan.num_left(item.block) if item.left is Context.CACHE else 0
+        goes = plan.num_left(item.block + 1) if item.keeps_tail else 0
+        return comes * halves, goes * halves
+
     def window_tokens(self, item: Item) -> int:
         return query_and_key_frames(self.schedule, item)[0] * self.tokens_per_frame
 

@@ -1,5 +1,5 @@
 """Measures what this host's device does: one real layer of the model's shape with random weights, what the first and the last
-rank do besides (patch embedding and sampler step, output head), and the VAE's decoder.
+rank do besides (patch embedding and sampler step, output head), the link to host memory, and the VAE's decoder.
 
 FLOPs are counted by `core.work`, so that a plan's time is FLOPs over this rate. On a GPU the window is one of a real job; on a
 CPU it is shorter, so that a pass takes about a second.
@@ -42,7 +42,7 @@ def calibrate(
         embed_s, head_s = _ends_s(sizes, on, DTYPES[dtype], tokens)
         return Speed(
             flops_per_s=flops_per_s, decode_s_per_pixel=_decode_rate(on, size_px), embed_s_per_token=embed_s,
-            head_s_per_token=head_s, sampler_s=_sampler_s(sizes, on, num_tokens),
+            head_s_per_token=head_s, sampler_s=_sampler_s(sizes, on, num_tokens), link_bytes_per_s=link_rate(on),
         )  # fmt: skip
 
 
@@ -111,6 +111,15 @@ def _sampler_s(sizes: DiTSizes, device: torch.device, num_tokens: int) -> float:
     for _ in range(2):  # from the third step on it is of full order
         sampler.step(prediction, latents)
     return _median_s(lambda: sampler.step(prediction, latents), device, repeats=7)
+
+
+def link_rate(device: torch.device, num_bytes: int = 2**28) -> float | None:
+    """Bytes per second of the slower way between a GPU and pinned host memory; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    here = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    there = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return num_bytes / max(_median_s(lambda: here.copy_(there), device), _median_s(lambda: there.copy_(here), device))
 
 
 def _decode_rate(device: torch.device, size_px: int) -> float:

@@ -8,6 +8,7 @@ Shapes: B guidance halves, n window tokens, m key tokens, L text tokens, D model
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -29,13 +30,13 @@ class Surroundings:
     """
 
     rope: torch.Tensor
-    left: dict[int, KeyValue] | None = None
+    left: MutableMapping[int, KeyValue] | None = None
     right: dict[int, KeyValue] | None = None
     head: slice | None = None
     tail: slice | None = None
     is_left_used_again: bool = False
     kept_head: dict[int, KeyValue] = field(default_factory=dict)
-    kept_tail: dict[int, KeyValue] = field(default_factory=dict)
+    kept_tail: MutableMapping[int, KeyValue] = field(default_factory=dict)
 
     def take(self, layer: int) -> list[KeyValue | None]:
         """K and V of the two sides for one layer."""

@@ -9,7 +9,7 @@ n = F * p window tokens, D model dim, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from diffusers import WanTransformer3DModel
 from dualparal.core.schedule import Context, Item, Schedule
 from dualparal.model.checkpoint import DTYPES, load_transformer_share
 from dualparal.model.feature_cache import CrossAttention, KeyValue, SelfAttention, Surroundings
+from dualparal.model.host_cache import Ferry, HostCache
 from dualparal.model.layout import Checkpoint
 from dualparal.model.lora_source import Lora
 from dualparal.model.low_memory import Layers, offload_layers
@@ -66,10 +67,12 @@ class Stage:
         is_compiled: bool = False,
         quantization: str | None = None,
         is_offloaded: bool = False,
+        is_cache_offloaded: bool = False,
     ) -> None:
         """`attention` is a backend of diffusers' dispatcher, `is_compiled` runs the layers through torch.compile,
         `quantization` (fp8, int8) stores their weights in 8 bits: all three change bits. `is_offloaded` layers wait in host
-        memory. Raises `CheckpointError` for a bad file, `RequestError` for a backend that is not to be had."""
+        memory, and with `is_cache_offloaded` so do K and V between a block's pass and its right neighbour's. Raises
+        `CheckpointError` for a bad file, `RequestError` for a backend that is not to be had."""
         self.layers = layers
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
@@ -108,7 +111,8 @@ class Stage:
         self._schedule: Schedule | None = None
         # K/V for other blocks, by guidance half: of the item just before; of each block's last pass.
         self._heads: dict[int | None, dict[int, KeyValue]] = {}
-        self._tails: Tails = {}
+        self._tails: dict[tuple[int, int | None], MutableMapping[int, KeyValue]] = {}
+        self._ferry = Ferry(self.device) if is_cache_offloaded else None
         self._cond: torch.Tensor | None = None
 
     def embed_conditions(self, timesteps: torch.Tensor, texts: Sequence[Sequence[torch.Tensor]]) -> list[Conditions]:
@@ -148,6 +152,8 @@ class Stage:
         self._shape = self._schedule = self._cond = None
         self._heads.clear()
         self._tails.clear()
+        if self._ferry is not None:
+            self._ferry.flush()
         for texts, crosses in zip(self._texts, self._crosses, strict=True):
             texts.clear()
             for cross in crosses:
@@ -156,14 +162,20 @@ class Stage:
     def tails(self) -> Tails:
         """K/V kept for right neighbours' later items (`context="cached"`). Tensors are never written into, so that what is
         returned stays as it is while the job goes on."""
-        return {key: dict(by_layer) for key, by_layer in self._tails.items()}
+        return {
+            key: by_layer.in_host_memory() if isinstance(by_layer, HostCache) else dict(by_layer)
+            for key, by_layer in self._tails.items()
+        }
 
     def restore_tails(self, tails: Tails) -> None:
         """Take up what `tails` gave at a sweep's border; call it after `begin`."""
-        self._tails = {
-            key: {layer: (k.to(self.device), v.to(self.device)) for layer, (k, v) in by_layer.items()}
-            for key, by_layer in tails.items()
-        }
+        self._tails = {key: self._new_tail() for key in tails}
+        for key, by_layer in tails.items():
+            for layer, (k, v) in by_layer.items():
+                self._tails[key][layer] = (k, v) if self._ferry else (k.to(self.device), v.to(self.device))
+
+    def _new_tail(self) -> MutableMapping[int, KeyValue]:
+        return {} if self._ferry is None else HostCache(self._ferry)
 
     def hidden_shape(self, item: Item) -> tuple[int, int, int]:
         """[B, n, D] of the activations that pass between stages for `item`."""
@@ -216,9 +228,12 @@ class Stage:
             key = (item.block - 1, item.half)
             around.left = self._tails.pop(key) if item.frees_left else self._tails[key]
             around.is_left_used_again = not item.frees_left
+            if isinstance(around.left, HostCache):
+                around.left.fetch(self.layers.start)
         if item.keeps_head:
             around.head = slice(left * p, (left + plan.num_kept(item.block)) * p)
         if item.keeps_tail:
+            around.kept_tail = self._new_tail()
             around.tail = slice((left + own - plan.num_left(item.block + 1)) * p, (left + own) * p)
         return around
 

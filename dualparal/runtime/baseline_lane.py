@@ -75,7 +75,7 @@ def check_fits(plan: JobPlan, sizes: ModelSizes, *, num_replicas: int = 1) -> No
             "max_in_flight": None, "stagger": None, "micro_batches": False,
         }
     )  # fmt: skip
-    alone = replace(placement, layers=(sum(placement.layers),), codec_rank=0, is_offloaded=False)
+    alone = replace(placement, layers=(sum(placement.layers),), codec_rank=0, is_offloaded=False, is_cache_offloaded=False)
     needed, have = plan_job(whole, sizes, alone, is_short=True).bytes_per_rank, placement.bytes_per_device
     held = plan.memory.ranks[0].total if placement.on_gpu else plan.bytes_in_all * num_replicas
     if have is not None and needed + held > have:

@@ -77,6 +77,7 @@ class Engine:
         compile: bool = False,
         quantization: str | None = None,
         offload: bool = False,
+        offload_cache: bool = False,
         vae_dtype: str | None = None,
         text_encoder: str = "auto",
         loras: Sequence[str] = (),
@@ -91,10 +92,11 @@ class Engine:
         `timeout_s` is the longest wait for another rank within a job, and the longest that one block step, prompt or latent
         frame may take before its worker counts as hung; `attention` a backend of diffusers' dispatcher (native, flash, sage,
         ...); `compile` runs layers through torch.compile; `quantization` fp8 or int8: 8-bit weights; `offload`:
-        layers wait in host memory and come to the GPU one by one; `vae_dtype` of the VAE (default: the preset's);
-        `text_encoder` keep, free or cpu: where it is after encoding (auto: keep where the preset's video fits beside it, else
-        cpu on GPUs and free on the CPU); `loras` "file, folder or hub id[:scale]". The last ones but `offload` and
-        `text_encoder` change the numbers. Raises `RequestError`, `PresetError`, `CheckpointError`.
+        layers wait in host memory and come to the GPU one by one; `offload_cache`: so do the K and V of left neighbours, which
+        `context="cached"` keeps; `vae_dtype` of the VAE (default: the preset's); `text_encoder` keep, free or cpu: where it is
+        after encoding (auto: keep where the preset's video fits beside it, else cpu on GPUs and free on the CPU); `loras`
+        "file, folder or hub id[:scale]". From `attention` on all change the numbers but where things wait (`offload`,
+        `offload_cache`, `text_encoder`). Raises `RequestError`, `PresetError`, `CheckpointError`.
 
         Serving many: `replicas` worker groups take jobs from one queue; `auto_resume`: a job whose worker died goes on by
         itself, once; at most `max_queue` jobs wait, `max_per_owner` of one owner wait and run; videos of ended jobs are
@@ -105,8 +107,8 @@ class Engine:
         gear = self._gear = Equipment(
             model, preset, ranks=ranks, replicas=replicas, device=device, dtype=dtype, layer_split=layer_split, threads=threads,
             timeout_s=timeout_s, verbose=verbose, log_json=log_json, worker_hook=worker_hook, attention=attention,
-            compile=compile, quantization=quantization, offload=offload, vae_dtype=vae_dtype, text_encoder=text_encoder,
-            loras=loras, team=team,
+            compile=compile, quantization=quantization, offload=offload, offload_cache=offload_cache, vae_dtype=vae_dtype,
+            text_encoder=text_encoder, loras=loras, team=team,
         )  # fmt: skip
         self.preset, self.checkpoint, self.num_experts = gear.preset, gear.checkpoint, gear.num_experts
         self.ranks, self.num_replicas, self.team = gear.ranks, replicas, team

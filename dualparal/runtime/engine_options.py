@@ -57,6 +57,13 @@ def check_offload(is_offloaded: bool, *, on_gpu: bool, quantization: str | None,
     return is_offloaded
 
 
+def check_offload_cache(is_offloaded: bool, *, on_gpu: bool) -> bool:
+    """`is_offloaded` itself. Raises `RequestError` where K and V are in host memory anyway."""
+    if is_offloaded and not on_gpu:
+        raise RequestError("offload_cache moves K and V between host and GPU; without a GPU leave it out", "offload_cache")
+    return is_offloaded
+
+
 def changes_of(options: WorkerOptions) -> dict[str, Any]:
     """Those of `CHANGES` that differ from the model as it is, as a job's record keeps them."""
     changes: dict[str, Any] = {}

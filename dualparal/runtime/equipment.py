@@ -30,6 +30,7 @@ from dualparal.runtime.devices import bytes_per_device, is_on_gpu, place, place_
 from dualparal.runtime.engine_options import (
     changes_of,
     check_offload,
+    check_offload_cache,
     check_quantization,
     check_text_encoder,
     dtype_name,
@@ -63,6 +64,7 @@ class Equipment:
         compile: bool,
         quantization: str | None,
         offload: bool,
+        offload_cache: bool,
         vae_dtype: str | None,
         text_encoder: str,
         loras: Sequence[str],
@@ -100,11 +102,12 @@ class Equipment:
             is_offloaded=check_offload(
                 offload, on_gpu=devices[0] != "cpu", quantization=quantization, is_compiled=compile
             ),
+            is_cache_offloaded=check_offload_cache(offload_cache, on_gpu=devices[0] != "cpu"),
         )  # fmt: skip
         self.sizes = sizes_of(self.checkpoint)
         self.placement = Placement(
             layers=tuple(len(stage) for stage in layers), dtype=name, vae_dtype=vae_dtype, text_encoder=text_encoder,
-            quantization=quantization, is_offloaded=offload,
+            quantization=quantization, is_offloaded=offload, is_cache_offloaded=offload_cache,
             codec_rank=devices.index(codec_device) if devices[0] != "cpu" and codec_device in devices else None,
             on_gpu=devices[0] != "cpu", bytes_per_device=bytes_per_device(devices[0].partition(":")[0]),
         )  # fmt: skip

@@ -45,6 +45,7 @@ class WorkerOptions:
     is_compiled: bool = False  # layers through torch.compile
     quantization: str | None = None  # 8-bit weights: fp8, int8
     is_offloaded: bool = False  # layers wait in host memory
+    is_cache_offloaded: bool = False  # left neighbours' K and V too
     vae_dtype: str = "float32"
     text_encoder: str = "keep"  # where it is after encoding: keep, free, cpu
     text_cache: str | None = None  # folder of embeddings kept across runs

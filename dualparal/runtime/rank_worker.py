@@ -46,7 +46,7 @@ def rank_main(
         stage = Stage(
             checkpoint, options.layers[rank], dtype=options.dtype, device=options.devices[rank], loras=options.loras,
             attention=options.attention, is_compiled=options.is_compiled, quantization=options.quantization,
-            is_offloaded=options.is_offloaded,
+            is_offloaded=options.is_offloaded, is_cache_offloaded=options.is_cache_offloaded,
         )  # fmt: skip
         parts = call_hook(options, rank=rank, stage=stage, links=links, uplink=uplink, requests=requests)
         stage, links, inbox = parts["stage"], parts["links"], parts["requests"]

@@ -151,7 +151,8 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
         model, preset=preset, ranks=ranks, replicas=arguments.replicas, device=arguments.device,
         dtype=arguments.dtype, vae_dtype=arguments.vae_dtype, threads=arguments.threads, attention=arguments.attention,
         compile=arguments.compile, quantization=arguments.quantization, offload=arguments.offload,
-        text_encoder=arguments.text_encoder, loras=arguments.lora, layer_split=arguments.layer_split,
+        offload_cache=arguments.offload_cache, text_encoder=arguments.text_encoder, loras=arguments.lora,
+        layer_split=arguments.layer_split,
         outputs=arguments.outputs, max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner,
         max_disk_bytes=max_disk_bytes, auto_resume=True, verbose=arguments.verbose, log_json=arguments.log_json, team=team,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from diffusers import WanPipeline
 
 from dualparal import Engine, GenerationRequest
 from dualparal.core.estimate import GPU_RUNTIME_BYTES, memory_plan, workload_of
+from dualparal.core.rules import rules_of
 from dualparal.core.sizes import WAN_1_3B
 from dualparal.errors import RequestError
 from dualparal.model.calibrate import calibrate
@@ -84,6 +85,7 @@ def test_attention_backends(tiny: Path, name: str) -> None:
 def test_calibration_measures_the_card() -> None:
     speed = calibrate(WAN_1_3B, device="cuda", dtype="bfloat16", num_tokens=16 * 1560)
     assert speed.flops_per_s > 1e12
+    assert speed.link_bytes_per_s is not None and speed.link_bytes_per_s > 1e9
 
 
 def test_peak_memory_of_a_real_stage_is_the_plans() -> None:
@@ -104,6 +106,35 @@ def test_offloaded_layers_give_the_same_bits(tiny: Path, tmp_path: Path) -> None
     plain = latents_of(tiny, tmp_path / "plain", device="cuda")
     moved = latents_of(tiny, tmp_path / "moved", device="cuda", offload=True)
     assert torch.equal(plain, moved)
+
+
+@pytest.mark.parametrize("micro_batches", [False, True])
+def test_left_caches_in_host_memory_give_the_same_bits(tiny: Path, tmp_path: Path, micro_batches: bool) -> None:
+    asked = GenerationRequest(**{**ASKED, "latents_num": 21}, context="cached", micro_batches=micro_batches)
+    found = []
+    for offload_cache in (False, True):
+        with Engine(str(tiny), outputs=tmp_path / str(offload_cache), device="cuda", offload_cache=offload_cache) as engine:
+            found.append(engine.submit(asked, return_latents=True).result(timeout=600).latents)
+    assert torch.equal(torch.as_tensor(found[0]), torch.as_tensor(found[1]))
+
+
+def test_left_caches_in_host_memory_leave_room() -> None:
+    """What `context="cached"` takes on the card is the plan's, a fraction of what it is without the option."""
+    from benchmarks.gpu import measure_steps
+
+    request = GenerationRequest(
+        prompt="x", negative_prompt="", latents_num=64, height=480, width=832, fps=16, seed=0, num_inference_steps=8,
+        guidance_scale=5.0, guidance_scale_2=5.0, flow_shift=3.0, num_per_block=8, num_cat=8, schedule="paper",
+        context="cached",
+    )  # fmt: skip
+    config = {**WAN_1_3B, "num_layers": 8}
+    stays, waits = (measure_steps(config, request, num_items=30, is_cache_offloaded=away).peak_bytes for away in (False, True))
+    planned = [
+        memory_plan(workload_of(request, config, [8], rules=rules_of(request)), height=480, width=832, is_cache_offloaded=away)
+        for away in (False, True)
+    ]
+    saved = planned[0].ranks[0].feature_cache - planned[1].ranks[0].feature_cache
+    assert 0.8 * saved <= stays - waits <= 1.2 * saved
 
 
 def test_offloaded_layers_leave_room(tmp_path: Path) -> None:

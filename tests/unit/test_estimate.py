@@ -22,6 +22,7 @@ from dualparal.core.estimate import (
     GPU_RUNTIME_BYTES,
     SAMPLER_COPIES,
     VAE_BYTES_PER_PIXEL,
+    CachedFrames,
     MemoryPlan,
     codec_bytes,
     format_plan,
@@ -288,7 +289,7 @@ def test_feature_cache_by_hand() -> None:
     """METHOD.md's numbers: 4.6 GB for 1.3B and 20.4 GB for 14B per set of K and V."""
     for config, gigabytes in ((WAN_1_3B, 4.6), (WAN_14B, 20.4)):
         workload = workload_of(request(), config, [config["num_layers"]])
-        assert most_cached_frames(workload) == 8 * 2
+        assert most_cached_frames(workload).kept == 8 * 2
         found = memory_plan(workload, height=480, width=832).ranks[0].feature_cache
         assert found == 2 * 2 * 8 * 1560 * config["num_attention_heads"] * 128 * config["num_layers"] * 2
         assert found / 1e9 == pytest.approx(gigabytes, abs=0.05)
@@ -309,15 +310,15 @@ def test_feature_cache_by_hand() -> None:
 )
 def test_cached_frames(values: dict[str, Any], rules: Rules, frames: int) -> None:
     asked = request(**values)
-    assert most_cached_frames(workload_of(asked, TINY, [3], rules=rules)) == frames
+    assert most_cached_frames(workload_of(asked, TINY, [3], rules=rules)) == CachedFrames(frames)
 
 
 def test_cached_left_context_grows_with_the_blocks_in_flight() -> None:
     few, many = (
-        most_cached_frames(workload_of(request(latents_num=80), TINY, [3], rules=rules))
+        most_cached_frames(workload_of(request(latents_num=80), TINY, [3], rules=rules)).kept
         for rules in (Rules(policy="preview", context="cached", max_in_flight=3, stagger=16), Rules(context="cached"))
     )
-    assert most_cached_frames(workload_of(request(latents_num=80), TINY, [3])) < few < many
+    assert most_cached_frames(workload_of(request(latents_num=80), TINY, [3])).kept < few < many
     assert few <= (3 + 1) * 8 * 2 + 2 * 8 * 2
 
 

@@ -26,6 +26,7 @@ from dualparal.core.job_plan import (
 from dualparal.core.proposals import BLOCKS, changes_in_words, first_proposal, propose
 from dualparal.core.rules import settle_rules
 from dualparal.core.sampler import SamplerFactory
+from dualparal.core.schedule import Context
 from dualparal.core.sizes import PUBLISHED_MODELS
 from dualparal.errors import CheckpointError, RequestError
 from dualparal.model import calibrate
@@ -152,7 +153,7 @@ def test_the_issues_command_is_offered_long_blocks() -> None:
     assert by_change == sorted(by_change)
 
 
-OPTIONS = ("--offload", "--context", "--vae_dtype", "--quantization")
+OPTIONS = {"--offload_cache", "--offload", "--context", "--vae_dtype", "--quantization"}
 
 
 @pytest.mark.parametrize(
@@ -173,11 +174,11 @@ def test_no_proposal_asks_for_more_than_another(name: str, ranks: int, gigabytes
     for one in found:
         for other in found:
             if one is not other:
-                more = {name for name in OPTIONS if name in one.flags} >= {name for name in OPTIONS if name in other.flags}
+                more = OPTIONS & {*one.flags.split()} >= OPTIONS & {*other.flags.split()}
                 smaller = (one.plan.request.num_per_block or 0) <= (other.plan.request.num_per_block or 0)
                 less = (one.plan.request.num_cat or 0) <= (other.plan.request.num_cat or 0)
                 assert not (more and smaller and less), (one.flags, other.flags)
-    for option in ("is_offloaded", "vae_dtype", "quantization"):
+    for option in ("is_cache_offloaded", "is_offloaded", "vae_dtype", "quantization"):
         for proposal in found:  # none of its options can be left out
             where = proposal.plan.placement
             if getattr(where, option) != getattr(placement, option):
@@ -416,17 +417,52 @@ def test_8_bit_weights_and_offload_in_the_plan() -> None:
     layer = plain.ranks[0].weights - plan_job(request, model, replace(placement, layers=(19, 21))).memory.ranks[0].weights
     assert plain.ranks[0].weights - away.ranks[0].weights == 18 * layer
     assert plain.ranks[1].weights - away.ranks[1].weights == 18 * layer
-    assert (plain.host, away.host) == (0, 40 * layer)
-    assert both.ranks[1].weights < away.ranks[1].weights and 0.5 < both.host / away.host < 0.53
+    assert (plain.host_layers, away.host_layers) == (0, 40 * layer)
+    assert both.ranks[1].weights < away.ranks[1].weights and 0.5 < both.host_layers / away.host_layers < 0.53
     assert fp8.ranks[0].feature_cache == away.ranks[0].feature_cache == plain.ranks[0].feature_cache
+
+
+def test_left_caches_in_host_memory_in_the_plan() -> None:
+    request, model, placement = case("wan2.1-14b-480p", 4, context="cached", schedule="preview", micro_batches=False)
+    here, away = (plan_job(request, model, replace(placement, is_cache_offloaded=it)).memory for it in (False, True))
+    one = 2 * 8 * 1560 * 5120 * 2 * 2  # K and V of 8 latents, both guidance halves, one layer
+    right = 10 * one  # what the right neighbour's pass left for the one that runs
+    assert (here.host_caches, away.host_caches % (40 * one)) == (0, 0)
+    assert away.ranks[0].feature_cache == right + 5 * one
+    assert away.host_caches // 4 <= here.ranks[0].feature_cache <= away.host_caches // 4 + right
+    assert replace(here.ranks[0], feature_cache=0) == replace(away.ranks[0], feature_cache=0)
+
+
+@pytest.mark.parametrize("what", ["is_offloaded", "is_cache_offloaded"])
+def test_a_slow_link_to_host_memory_is_in_the_times(what: str) -> None:
+    """Nothing while copies hide behind the work; else a block step takes what the copies take."""
+    request, model, placement = case("wan2.1-14b-480p", 2, context="cached", schedule="preview", guidance_scale=1.0)
+    away = replace(placement, **{what: True})
+    fast, slow, unknown = (replace(SPEED, link_bytes_per_s=rate) for rate in (1e12, 1e9, None))
+    free = plan_job(request, model, placement, speed=slow)
+    assert (
+        free.total_s
+        == plan_job(request, model, away, speed=fast).total_s
+        == plan_job(request, model, away, speed=unknown).total_s
+    )
+    bound = plan_job(request, model, away, speed=slow)
+    item = next(it for it in bound.workload.schedule.items if it.step and it.keeps_tail and it.left is Context.CACHE)
+    num_bytes = {"is_offloaded": away_bytes(bound), "is_cache_offloaded": 2 * 8 * 1560 * 5120 * 2}[what]
+    assert bound.step_times(item).layer == pytest.approx(num_bytes / 1e9)
+    assert free.total_s and bound.total_s and bound.total_s > 1.5 * free.total_s
+
+
+def away_bytes(plan: JobPlan) -> int:
+    """Of one offloaded layer."""
+    return plan.memory.host_layers // 40
 
 
 def test_two_experts_share_the_room_of_offloaded_layers() -> None:
     request, model, placement = case("wan2.2-a14b-480p", 2)
     found = plan_job(request, model, replace(placement, is_offloaded=True)).memory
     one = plan_job(request, replace(model, num_experts=1), replace(placement, is_offloaded=True)).memory
-    assert found.host == 2 * one.host
-    assert found.ranks[1].weights - one.ranks[1].weights < one.host / 40, "the output head only"
+    assert found.host_layers == 2 * one.host_layers
+    assert found.ranks[1].weights - one.ranks[1].weights < one.host_layers / 40, "the output head only"
 
 
 def test_tiny_blocks_are_warned_of() -> None:
@@ -445,6 +481,13 @@ def test_low_memory_is_proposed_where_it_helps() -> None:
     assert "--offload" in flags and "--text_encoder cpu --quantization fp8" in flags
     tight = [proposal.flags for proposal in propose(request, model, replace(placement, bytes_per_device=32 * GB))]
     assert any(flag.startswith("--text_encoder cpu --offload --num_per_block") for flag in tight)
+    request, model, placement = case("wan2.1-14b-480p", 4, gigabytes=32, context="cached", schedule="preview")
+    cached = propose(request, model, placement)
+    assert cached[0].flags == "--text_encoder cpu --offload_cache"
+    assert any(
+        "of host memory: the same bits" in line
+        for line in changes_in_words(plan_job(request, model, placement), cached[0].plan)
+    )
     on_cpu = replace(placement, on_gpu=False, codec_rank=None)
     assert not any("--offload" in proposal.flags for proposal in propose(request, model, on_cpu))
 
@@ -456,5 +499,11 @@ def test_the_command_knows_low_memory(capsys: pytest.CaptureFixture[str]) -> Non
     told = capsys.readouterr().out
     assert "(weights in fp8), which wait in host memory" in told
     assert "Offloaded layers: 14." in told
+    cached = ["plan", "--preset", "wan2.1-14b-480p", "--gpus", "4", "--gpu-memory", "48", "--context", "cached"]
+    assert main([*cached, "--offload_cache", "--flops", "100"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "left caches in host memory" in told and "Offloaded left caches: " in told and ", caches on their way left out" in told
+    )
     assert main(["plan", "--preset", "wan2.1-1.3b-480p", "--device", "cpu", "--offload"]) == 2
     assert "without a GPU" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""Left caches that wait in host memory: the same bits, the bytes of the plan, the next layer on its way while one runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualparal import Engine, RequestError
+from dualparal.cli import main
+from dualparal.core.estimate import CACHED_LAYERS_ON_DEVICE, memory_plan, workload_of
+from dualparal.model.feature_cache import KeyValue
+from dualparal.model.host_cache import LAYERS_ON_DEVICE, Ferry, HostCache
+from dualparal.model.layout import Checkpoint
+from dualparal.model.stage import JobShape, Stage
+from dualparal.request import GenerationRequest
+from tests.local_ring import denoise_in_threads
+from tests.texts import some_texts
+from tests.unit.test_resume import CACHED, KeepsAll
+
+CPU = torch.device("cpu")
+
+
+def pair(value: float) -> KeyValue:
+    return torch.full((2, 3, 4), value), torch.full((2, 3, 4), -value)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", CACHED)
+def test_the_same_bits(name: str, ranks: int, tiny: Path) -> None:
+    job: dict[str, Any] = dict(latents_num=15, num_per_block=3, num_cat=2, steps=5, texts=some_texts(), rules=CACHED[name])
+    stays = denoise_in_threads(tiny, **job)
+    waits = denoise_in_threads(tiny, ranks=ranks, delay_seed=1, is_cache_offloaded=True, **job)
+    assert stays.keys() == waits.keys()
+    assert all(torch.equal(stays[block], waits[block]) for block in stays)
+
+
+def test_what_waits_is_a_copy_and_so_is_what_comes_back() -> None:
+    cache, given = HostCache(Ferry(CPU)), pair(1.0)
+    cache[0] = given
+    given[0].zero_()
+    cache[0][0].zero_()
+    assert torch.equal(cache[0][0], pair(1.0)[0])
+    k, v = cache.pop(0)
+    assert torch.equal(k, pair(1.0)[0]) and torch.equal(v, pair(1.0)[1]) and not cache
+
+
+class Watched(Ferry):
+    """Notes what is sent for and what is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.seen: list[str] = []
+
+    def to_device(self, host: KeyValue, ready: Any) -> tuple[KeyValue, Any]:
+        number = int(host[0].flatten()[0])
+        self.seen.append(f"send for {number}")
+        return super().to_device(host, ready)[0], number
+
+    def wait_for(self, event: Any) -> None:
+        self.seen.append(f"wait for {event}")
+
+
+def test_the_next_layer_comes_while_one_runs() -> None:
+    ferry = Watched()
+    cache = HostCache(ferry)
+    for layer in (4, 5, 6):
+        cache[layer] = pair(float(layer))
+    cache.fetch(4)
+    assert ferry.seen == ["send for 4"], "before the first layer runs"
+    for layer in (4, 5, 6):
+        assert cache.pop(layer)[0].flatten()[0] == layer
+    assert ferry.seen == [
+        "send for 4", "wait for 4", "send for 5", "wait for 5", "send for 6", "wait for 6",
+    ]  # fmt: skip
+    with pytest.raises(KeyError):
+        cache[4]
+
+
+def test_what_is_used_again_stays() -> None:
+    ferry = Watched()
+    cache = HostCache(ferry)
+    for layer in (0, 1):
+        cache[layer] = pair(float(layer))
+    for _ in range(2):
+        cache.fetch(0)
+        assert [int(cache[layer][0].flatten()[0]) for layer in (0, 1)] == [0, 1]
+    assert ferry.seen.count("send for 0") == ferry.seen.count("send for 1") == 2, "each time once"
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_bytes_are_those_of_the_plan(name: str, tiny: Path) -> None:
+    """Held in host memory between two items, and of right caches on the device, counted while a stage runs a whole job."""
+    rules, checkpoint = CACHED[name], Checkpoint(tiny)
+    request = GenerationRequest(
+        prompt="", latents_num=15, num_per_block=3, num_cat=2, num_inference_steps=5, height=32, width=32, guidance_scale=5.0,
+    )  # fmt: skip
+    config = checkpoint.config("transformer")
+    workload = workload_of(request, config, [4], rules=rules, text_tokens=6)
+    stage = Stage(checkpoint, range(4), dtype="float32", device="cpu", is_cache_offloaded=True)
+    texts = some_texts()
+    schedule = workload.schedule
+    conditions = stage.embed_conditions(torch.linspace(999, 1, 5).long(), texts)
+    stage.begin(JobShape(4, 4, 2, (5.0, 5.0), (0,) * schedule.plan.num_blocks), schedule, conditions)
+    most_host = most_here = 0
+    for item in schedule.items:
+        if item.is_skipped:
+            continue
+        stage.run(item, torch.randn(1, stage.channels, sum(schedule.window_frames(item)), 4, 4))
+        assert all(isinstance(tail, HostCache) for tail in stage._tails.values())
+        waiting = [x for by_layer in stage.tails().values() for pair in by_layer.values() for x in pair]
+        here = [x for by_layer in stage._heads.values() for pair in by_layer.values() for x in pair]
+        most_host, most_here = max(most_host, sum(x.nbytes for x in waiting)), max(most_here, sum(x.nbytes for x in here))
+    plain, found = (
+        memory_plan(workload, height=32, width=32, dtype="float32", on_gpu=False, is_cache_offloaded=is_offloaded)
+        for is_offloaded in (False, True)
+    )
+    halves = 1 if rules.micro_batches else 2
+    one_layer = 2 * (request.num_cat or 0) * halves * stage.tokens_per_frame * stage.dim * 4  # K and V, float32
+    assert found.host_caches == most_host > 0 == plain.host_caches
+    assert found.ranks[0].feature_cache == most_here + CACHED_LAYERS_ON_DEVICE * one_layer
+
+
+def test_the_plan_counts_the_layers_on_their_way() -> None:
+    assert CACHED_LAYERS_ON_DEVICE == LAYERS_ON_DEVICE
+
+
+def test_saved_at_a_border_and_taken_up_where_nothing_is_offloaded(tiny: Path) -> None:
+    job: dict[str, Any] = dict(latents_num=9, num_per_block=3, num_cat=2, steps=4, texts=some_texts(), rules=CACHED["paper"])
+    here, away = KeepsAll(keeps_caches=True), KeepsAll(keeps_caches=True)
+    denoise_in_threads(tiny, saver=here, **job)
+    denoise_in_threads(tiny, saver=away, is_cache_offloaded=True, **job)
+    assert any(border.caches for border in here.borders)
+    for one, other in zip(here.borders, away.borders, strict=True):
+        assert one.caches.keys() == other.caches.keys()
+        for key, by_layer in one.caches.items():
+            for layer, (k, v) in by_layer.items():
+                assert torch.equal(k, other.caches[key][layer][0]) and torch.equal(v, other.caches[key][layer][1])
+
+
+def test_refused_without_a_gpu(tiny: Path) -> None:
+    with pytest.raises(RequestError, match="without a GPU"):
+        Engine(tiny, device="cpu", offload_cache=True)
+    assert main(["plan", "--preset", "wan2.1-1.3b-480p", "--device", "cpu", "--offload_cache"]) == 2
