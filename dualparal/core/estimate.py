@@ -149,7 +149,7 @@ def memory_plan(
         for rank, stage in enumerate(stages)
     )
     num_layers = sum(workload.layers)
-    host = sizes.layer.num_bytes(dtype, quantization) * num_layers * num_experts if is_offloaded else 0
+    host = sizes.pinned_layer_bytes(dtype, quantization) * num_layers * num_experts if is_offloaded else 0
     return MemoryPlan(ranks, workload.layers, codec, host, cached.in_host * per_cached_frame * num_layers)
 
 

@@ -29,6 +29,11 @@ PUBLISHED_MODELS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """What PyTorch takes to pin a tensor of `num_bytes` in host memory: the next power of two (CachingHostAllocator.h)."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Parameters held in the model's dtype, and those upstream keeps in float32 (`_keep_in_fp32_modules`).
@@ -109,6 +114,13 @@ class DiTSizes:
             2 * attention + ffn, 6 * self.dim + 2 * self.dim * self.has_cross_norm,
             matrices=2 * attention + ffn - biases - 4 * self.dim, biases=biases,
         )  # fmt: skip
+
+    def pinned_layer_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """One layer in pinned host memory: small tensors as they are, each matrix as `pinned_bytes` has it."""
+        width = 1 if quantization else DTYPE_BYTES[dtype]
+        square, long = self.dim * self.dim * width, self.dim * self.ffn_dim * width
+        rounding = 8 * (pinned_bytes(square) - square) + 2 * (pinned_bytes(long) - long)
+        return self.layer.num_bytes(dtype, quantization) + rounding
 
     @property
     def first_stage(self) -> Parameters:

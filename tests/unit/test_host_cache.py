@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from dualparal import Engine, RequestError
 from dualparal.cli import main
 from dualparal.core.estimate import CACHED_LAYERS_ON_DEVICE, memory_plan, workload_of
+from dualparal.core.sizes import pinned_bytes
+from dualparal.model import host_cache
 from dualparal.model.feature_cache import KeyValue
-from dualparal.model.host_cache import LAYERS_ON_DEVICE, Ferry, HostCache
+from dualparal.model.host_cache import LAYERS_ON_DEVICE, Ferry, HostCache, HostPair
 from dualparal.model.layout import Checkpoint
 from dualparal.model.stage import JobShape, Stage
 from dualparal.request import GenerationRequest
@@ -47,6 +50,22 @@ def test_what_waits_is_a_copy_and_so_is_what_comes_back() -> None:
     assert torch.equal(k, pair(1.0)[0]) and torch.equal(v, pair(1.0)[1]) and not cache
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 1000, 1023])
+def test_in_pieces_of_a_power_of_two(dtype: torch.dtype, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch pins no other sizes; nothing is lost where they meet."""
+    monkeypatch.setattr(host_cache, "MIN_PIECE_BYTES", 64)
+    ferry, given = Ferry(CPU), (torch.randn(2, num_tokens, 6).to(dtype), torch.randn(2, num_tokens, 6).to(dtype))
+    host = ferry.to_host(given)
+    (k, v), _ = ferry.to_device(host)
+    assert torch.equal(k, given[0]) and torch.equal(v, given[1])
+    for x, kept in zip(given, host.pair, strict=True):
+        assert torch.equal(kept.whole(), x)
+        sizes = [piece.nbytes for piece in kept.pieces]
+        assert all(size & (size - 1) == 0 for size in sizes[:-1]) and sizes == sorted(sizes, reverse=True)
+        assert sum(pinned_bytes(size) for size in sizes) <= x.nbytes + 64
+
+
 class Watched(Ferry):
     """Notes what is sent for and what is waited for."""
 
@@ -54,10 +73,10 @@ class Watched(Ferry):
         super().__init__(CPU)
         self.seen: list[str] = []
 
-    def to_device(self, host: KeyValue, ready: Any) -> tuple[KeyValue, Any]:
-        number = int(host[0].flatten()[0])
+    def to_device(self, host: HostPair) -> tuple[KeyValue, Any]:
+        number = int(host.pair[0].whole().flatten()[0])
         self.seen.append(f"send for {number}")
-        return super().to_device(host, ready)[0], number
+        return super().to_device(host)[0], number
 
     def wait_for(self, event: Any) -> None:
         self.seen.append(f"wait for {event}")
@@ -88,6 +107,54 @@ def test_what_is_used_again_stays() -> None:
         cache.fetch(0)
         assert [int(cache[layer][0].flatten()[0]) for layer in (0, 1)] == [0, 1]
     assert ferry.seen.count("send for 0") == ferry.seen.count("send for 1") == 2, "each time once"
+
+
+class FakeStream:
+    """Notes what a CUDA stream would be told."""
+
+    def __init__(self, name: str, seen: list[str]) -> None:
+        self.name, self.seen, self.num_events = name, seen, 0
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.seen.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.seen.append(f"{self.name} waits for {event.name}")
+
+    def record_event(self) -> FakeEvent:
+        self.num_events += 1
+        return FakeEvent(f"{self.name} {self.num_events}", self.seen)
+
+
+class FakeEvent:
+    def __init__(self, name: str, seen: list[str]) -> None:
+        self.name, self.seen = name, seen
+
+    def synchronize(self) -> None:
+        self.seen.append(f"the host waits for {self.name}")
+
+
+def test_the_order_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies come after what made them and before what uses them, and few are under way; these streams only take notes."""
+    seen: list[str] = []
+    ferry, compute = Ferry(CPU), FakeStream("compute", seen)
+    ferry._outward, ferry._homeward = FakeStream("out", seen), FakeStream("home", seen)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    cache = HostCache(ferry)
+    for layer in range(3):
+        cache[layer] = pair(float(layer))
+    assert seen == ["out waits for compute"] * 3 + ["the host waits for out 1"]
+    seen.clear()
+    cache.fetch(0)
+    assert seen == ["home waits for compute", "home waits for out 1"]
+    seen.clear()
+    assert cache.pop(0)[0].flatten()[0] == 0
+    assert seen == ["compute waits for home 1", "home waits for compute", "home waits for out 2"]
+    seen.clear()
+    assert sorted(cache.in_host_memory()) == [1, 2]
+    ferry.flush()
+    assert seen == [f"the host waits for out {number}" for number in (2, 3, 2, 3)]
 
 
 @pytest.mark.parametrize("name", CACHED)

@@ -417,7 +417,9 @@ def test_8_bit_weights_and_offload_in_the_plan() -> None:
     layer = plain.ranks[0].weights - plan_job(request, model, replace(placement, layers=(19, 21))).memory.ranks[0].weights
     assert plain.ranks[0].weights - away.ranks[0].weights == 18 * layer
     assert plain.ranks[1].weights - away.ranks[1].weights == 18 * layer
-    assert (plain.host_layers, away.host_layers) == (0, 40 * layer)
+    # The matrices' 52.4 and 141.6 MB are pinned in 2^26 and 2^28 bytes.
+    pinned = layer + 8 * (2**26 - 5120 * 5120 * 2) + 2 * (2**28 - 5120 * 13824 * 2)
+    assert (plain.host_layers, away.host_layers) == (0, 40 * pinned)
     assert both.ranks[1].weights < away.ranks[1].weights and 0.5 < both.host_layers / away.host_layers < 0.53
     assert fp8.ranks[0].feature_cache == away.ranks[0].feature_cache == plain.ranks[0].feature_cache
 
@@ -454,7 +456,7 @@ def test_a_slow_link_to_host_memory_is_in_the_times(what: str) -> None:
 
 def away_bytes(plan: JobPlan) -> int:
     """Of one offloaded layer."""
-    return plan.memory.host_layers // 40
+    return plan.workload.sizes.layer.num_bytes("bfloat16")
 
 
 def test_two_experts_share_the_room_of_offloaded_layers() -> None:
@@ -498,7 +500,7 @@ def test_the_command_knows_low_memory(capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*command, "--offload", "--quantization", "fp8"]) == 0
     told = capsys.readouterr().out
     assert "(weights in fp8), which wait in host memory" in told
-    assert "Offloaded layers: 14." in told
+    assert "Offloaded layers: 21.5 GB of host memory" in told
     cached = ["plan", "--preset", "wan2.1-14b-480p", "--gpus", "4", "--gpu-memory", "48", "--context", "cached"]
     assert main([*cached, "--offload_cache", "--flops", "100"]) == 0
     told = capsys.readouterr().out
