@@ -53,10 +53,9 @@ class Served:
         self.folder = folder
         command = [sys.executable, "-m", "dualparal", "serve", "--preset", "tiny", "--presets-folder", str(folder / "presets")]
         command += ["--ranks", "2", "--device", "cpu", "--threads", "1", "--outputs", str(folder / "outputs")]
-        self.began_s = time.monotonic()
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, cwd=ROOT)
         self.url = self.wait(self._address)
-        self.up_s = time.monotonic() - self.began_s
+        self.was_ready = self.is_ready()
 
     def _address(self) -> str | None:
         found = re.search(r"http://127\.0\.0\.1:\d+", self.text())
@@ -111,7 +110,7 @@ def client(served: Served) -> Iterator[Client]:
 
 def test_the_page_opens_before_the_model_is_loaded(served: Served) -> None:
     assert httpx.get(f"{served.url}healthz").json() == {"status": "alive"}
-    assert served.up_s < 60  # about 3 s on an idle machine
+    assert not served.was_ready, "the page waited for the workers, which import torch"
     served.wait(served.is_ready)
 
 
@@ -153,16 +152,11 @@ def test_api_gives_the_same_bits_for_the_same_seed(client: Client) -> None:
     assert found[0] == found[1]
 
 
-def test_status_stays_quick_while_the_cores_are_busy(client: Client, served: Served) -> None:
+def test_status_is_answered_while_the_cores_are_busy(client: Client, served: Served) -> None:
     job_id = client.predict(prompt="busy", seconds=100, num_inference_steps=100, api_name="/submit")["job_id"]
-    took = []
     for _ in range(8):
-        began_s = time.monotonic()
-        status = client.predict(job_id=job_id, api_name="/status")
-        took.append(time.monotonic() - began_s)
+        assert client.predict(job_id=job_id, api_name="/status")["state"] in ("queued", "running"), "it waited for the job"
         time.sleep(0.2)
-    assert status["state"] in ("queued", "running")
-    assert sorted(took)[len(took) // 2] < 1.0, took  # the median: the machine is shared
     client.predict(job_id=job_id, api_name="/cancel")
     served.wait(lambda: client.predict(job_id=job_id, api_name="/status")["state"] == "cancelled")
 
