@@ -1,4 +1,7 @@
-"""From the records of `quality.py` to a table with 95 % intervals (bootstrap over videos) and a plot. Pure numpy and text."""
+"""From the records of `quality.py` to tables with 95 % intervals (bootstrap over videos) and a plot. Pure numpy and text.
+
+Methods share prompts and seeds, so the difference of two is surer than either: prompts differ more than methods do.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,51 @@ COLUMNS = (
     ("seam: colour", "jump_color"),
     ("s per video", "seconds"),
 )
+COMPARED = ("motion", "all", "palette error, last quarter", "seam: position", "seam: velocity", "seam: size", "seam: colour")
+AGAINST = "paper 8+4, recomputed"
 PLOTTED = ("all", "palette error, last quarter", "seam: position")
 
 
 def interval(records: list[dict[str, Any]], field: str, *, num_draws: int = 2000) -> Interval | None:
     """Mean (for jumps: the ratio of the mean at block borders to the mean inside blocks) and its 95 % bootstrap interval."""
-    values = [r[field] for r in records]
-    if field.startswith("jump_"):
-        values = [v for v in values if v[0] is not None and v[1] is not None]
-    if not values:
+    table = _values(records, field)
+    if not len(table):
         return None
-    table = np.asarray(values, np.float64)
-    draws = table[np.random.default_rng(0).integers(len(table), size=(num_draws, len(table)))].mean(axis=1)
-    mean = table.mean(axis=0)
-    if field.startswith("jump_"):
-        mean, draws = mean[0] / (mean[1] + 1e-9), draws[:, 0] / (draws[:, 1] + 1e-9)
+    drawn = np.random.default_rng(0).integers(len(table), size=(num_draws, len(table)))
+    return _interval(_means(table[None], field)[0], _means(table[drawn], field))
+
+
+def difference(
+    records: list[dict[str, Any]], others: list[dict[str, Any]], field: str, *, num_draws: int = 2000
+) -> Interval | None:
+    """What `records` have more of than `others`, over the prompts and seeds that both have; the same videos are drawn of both.
+    None where there are none."""
+    theirs = {(r["prompt"], r["seed"]): r for r in others if _is_there(r[field])}
+    pairs = [(r, theirs[key]) for r in records if _is_there(r[field]) and (key := (r["prompt"], r["seed"])) in theirs]
+    if not pairs:
+        return None
+    drawn = np.random.default_rng(0).integers(len(pairs), size=(num_draws, len(pairs)))
+    ours, other = (_values([pair[side] for pair in pairs], field) for side in (0, 1))
+    draws = _means(ours[drawn], field) - _means(other[drawn], field)
+    return _interval((_means(ours[None], field) - _means(other[None], field))[0], draws)
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None and (not isinstance(value, list) or None not in value)
+
+
+def _values(records: list[dict[str, Any]], field: str) -> np.ndarray:
+    """[videos], or for jumps [videos, 2]: at block borders, and inside blocks."""
+    return np.asarray([r[field] for r in records if _is_there(r[field])], np.float64)
+
+
+def _means(drawn: np.ndarray, field: str) -> np.ndarray:
+    """Of [draws, videos(, 2)]: the mean of each draw, for jumps the ratio of the two means."""
+    mean: np.ndarray = drawn.mean(axis=1)
+    return mean[:, 0] / (mean[:, 1] + 1e-9) if field.startswith("jump_") else mean
+
+
+def _interval(mean: float, draws: np.ndarray) -> Interval:
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return float(mean), float(low), float(high)
 
@@ -87,6 +120,26 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table_of_differences(records: list[dict[str, Any]], against: str) -> str:
+    """A Markdown table: every method less `against`, paired; bold where the interval leaves 0 out. Empty without `against`."""
+    groups, fields = by_method(records), dict(COLUMNS)
+    if against not in groups:
+        return ""
+    lines = [f"| less {against} | pairs | {' | '.join(COMPARED)} |", "| --- |" + " --- |" * (len(COMPARED) + 1)]
+    for name, group in groups.items():
+        if name == against:
+            continue
+        both = {(r["prompt"], r["seed"]) for r in group} & {(r["prompt"], r["seed"]) for r in groups[against]}
+        cells = [name, str(len(both))]
+        for title in COMPARED:
+            found = difference(group, groups[against], fields[title])
+            digits = 3 if "palette" in title else 2
+            text = "-" if found is None else f"{found[0]:+.{digits}f} ({found[1]:+.{digits}f} to {found[2]:+.{digits}f})"
+            cells.append(f"**{text}**" if found is not None and not found[1] <= 0 <= found[2] else text)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(records: list[dict[str, Any]]) -> str:
     """Three panels of bars with intervals, as SVG text."""
     groups = by_method(records)
@@ -116,8 +169,8 @@ def plot(records: list[dict[str, Any]]) -> str:
 
 
 def write_report(records: list[dict[str, Any]], out: Path) -> str:
-    """Write `quality.md` and `quality.svg` into `out`; returns the table."""
-    text = table(records)
+    """Write `quality.md` and `quality.svg` into `out`; returns the tables."""
+    text = "\n\n".join(filter(None, [table(records), table_of_differences(records, AGAINST)]))
     (out / "quality.svg").write_text(plot(records))
     (out / "quality.md").write_text(text + "\n")
     return text
