@@ -1,6 +1,6 @@
 """What it costs that left caches wait in host memory (`--offload_cache`): cached block steps with and without, in turn.
 
-    python -m benchmarks.cache_offload [--device cuda] [--layers 4] [--size 96]
+    python -m benchmarks.cache_offload [--device cuda] [--layers 4] [--size 64]
 
 Layers of the 1.3B model's shape with random weights, blocks of 8 latents with 8 of context, guidance on. On a CPU host memory
 is device memory: K and V are copied once when left and once when used, behind no work, the most that copies at the speed of
@@ -23,7 +23,7 @@ from dualparal.model.calibrate import link_rate
 from dualparal.model.layout import Checkpoint
 from dualparal.model.stage import JobShape, Stage
 
-NUM_BLOCKS, NUM_CAT, STEPS = 4, 8, 6
+NUM_BLOCKS, NUM_CAT, STEPS = 6, 8, 10
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--size", type=int, default=96, help="pixels of a side")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -11,6 +11,7 @@ peak; peak memory against the plan. Weights are made on the device: no checkpoin
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def measure_steps(
 ) -> Measured:  # fmt: skip
     """Run the first items of `request`'s schedule on a stage that holds all layers of `config`."""
     assert request.height and request.width and request.num_inference_steps and request.guidance_scale is not None
+    gc.collect()  # compiled layers are cycles
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with patch.object(stage_module, "load_transformer_share", _load(config)):
@@ -178,8 +180,11 @@ def main() -> None:
 
     config = {"1.3b": WAN_1_3B, "14b": WAN_14B}[options.model]
     config = {**config, "num_layers": options.layers or config["num_layers"]}
-    peak, whole_s = matmul_peak(), measure_whole(config, options.height, options.width)
-    per_latent_s = whole_s / WHOLE_LATENTS
+    peak = matmul_peak()
+    try:
+        per_latent_s = measure_whole(config, options.height, options.width) / WHOLE_LATENTS
+    except torch.cuda.OutOfMemoryError:  # what offload is for
+        per_latent_s = float("nan")
     rows = []
     for num_per_block, num_cat in WINDOWS:
         request = _request(num_per_block, num_cat, options.height, options.width, options.context)
@@ -187,7 +192,7 @@ def main() -> None:
                               quantization=options.quantization, is_offloaded=options.offload,
                               is_cache_offloaded=options.offload_cache)  # fmt: skip
         plan = memory_plan(
-            workload_of(request, config, [config["num_layers"]]),
+            workload_of(request, config, [config["num_layers"]], rules=rules_of(request)),
             height=options.height,
             width=options.width,
             quantization=options.quantization,

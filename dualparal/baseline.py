@@ -156,12 +156,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--text_encoder", default="keep")
-    parser.add_argument("--tell", action="store_true", help="events on stdout, one JSON object a line; ends with its stdin")
+    parser.add_argument("--tell", action="store_true", help="events on stdout, one JSON object a line")
+    parser.add_argument("--with_stdin", action="store_true", help="end when stdin is closed, as it is when its owner is killed")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     quiet_libraries()
     folder = _Telling(options.folder) if options.tell else JobFolder(options.folder)
-    if options.tell:
+    if options.with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         torch.set_num_threads(int(folder.record().get("threads") or torch.get_num_threads()))

@@ -25,7 +25,8 @@ from dualparal.errors import DualParalError, JobCancelled, OutputError, PresetEr
 from dualparal.events import Finished
 from dualparal.presets import load_presets
 from dualparal.request import GenerationRequest
-from dualparal.runtime.journal import check_job_id, find_job, list_jobs, new_job_id, outputs_folder
+from dualparal.runtime.claim import is_claimed
+from dualparal.runtime.journal import JobFolder, check_job_id, find_job, list_jobs, new_job_id, outputs_folder
 from dualparal.runtime.logs import set_up_logs
 from dualparal.runtime.torchrun import find_team
 
@@ -150,8 +151,7 @@ def _baseline(engine: Any, request: GenerationRequest, job_id: str, options: arg
 def _resume(options: argparse.Namespace) -> int:
     outputs = outputs_folder(options.outputs)
     if options.job == "last":
-        unfinished = (job for job in list_jobs(outputs) if not isinstance(job.final_event(), Finished))
-        folder = next(unfinished, None)
+        folder = next((job for job in list_jobs(outputs) if _may_go_on(job)), None)
         if folder is None:
             raise RequestError(f"there is no unfinished job in {outputs}", "job")
     else:
@@ -172,6 +172,16 @@ def _resume(options: argparse.Namespace) -> int:
     print(f"job {folder.job_id}", flush=True)
     with _sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
         return finish_job(engine, engine.resume(folder.job_id), options.save_file)
+
+
+def _may_go_on(job: JobFolder) -> bool:
+    """Whether `resume last` may mean this job."""
+    try:
+        is_over = isinstance(job.final_event(), Finished) or job.record().get("baseline") or job.record().get("has_tensors")
+    except DualParalError as error:  # a power cut may leave a job unreadable
+        print(f"left out: {error}", file=sys.stderr, flush=True)
+        return False
+    return not is_over and not is_claimed(job)
 
 
 def finish_job(engine: Any, job: Any, save_file: Path | None) -> int:

@@ -9,6 +9,7 @@ from dualparal.errors import JobCancelled, WorkerDied, error_from_wire
 from dualparal.events import Cancelled, Failed, Finished
 from dualparal.request import GenerationRequest
 from dualparal.runtime.baseline_lane import baseline_command, make_baseline_folder
+from dualparal.runtime.claim import claim
 from dualparal.runtime.devices import place
 
 
@@ -21,7 +22,10 @@ def run_baseline_job(
     """
     devices, _ = place(device, 1)
     folder = make_baseline_folder(engine, request, job_id, export_images=export_images)
-    process = subprocess.Popen(baseline_command(folder.path, devices[0], text_encoder))
+    held = claim(folder)
+    process = subprocess.Popen(
+        [*baseline_command(folder.path, devices[0], text_encoder), "--with_stdin"], stdin=subprocess.PIPE
+    )
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -29,6 +33,10 @@ def run_baseline_job(
         process.wait()
         folder.append(Cancelled(job_id=job_id))
         raise JobCancelled("the baseline was stopped; it shows nothing before its end") from None
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        held.release()
     final = folder.final_event()
     if isinstance(final, Finished):
         return final

@@ -248,4 +248,8 @@ def _calibrate(request: GenerationRequest, model: ModelSizes, placement: Placeme
     assert request.height and request.width and request.num_per_block and request.num_cat is not None
     per_frame = DiTSizes.of(model.config).tokens_per_frame(request.height, request.width)
     num_tokens = max(1, (request.num_per_block + request.num_cat) * per_frame)
-    return calibrate(model.config, device=device, dtype=placement.dtype, num_tokens=num_tokens)
+    size_px = (request.height, request.width) if device == "cuda" else (64, 64)
+    return calibrate(
+        model.config, device=device, dtype=placement.dtype, num_tokens=num_tokens, size_px=size_px,
+        vae_dtype=placement.vae_dtype,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dualparal.events import FINAL, BlockReady, Progress, Started
+from dualparal.events import FINAL, BlockReady, Progress, Queued, Started
 
 if TYPE_CHECKING:
     from dualparal.runtime.engine import Engine
@@ -25,6 +25,8 @@ def follow(engine: Engine, job: Job) -> None:
             print(f"loading {engine.checkpoint.folder} on {engine.ranks} rank(s)", file=sys.stderr, flush=True)
         for event in job.events():
             match event:
+                case Queued() if event.reason:
+                    print(f"waiting: {event.reason}", file=sys.stderr, flush=True)
                 case Started():
                     num_blocks = event.num_blocks
                     bar = tqdm(total=event.num_items, file=sys.stderr, bar_format=BAR, desc="denoising", mininterval=0.2)

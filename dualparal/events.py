@@ -26,9 +26,10 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Queued(Event):
-    """Waiting; `position` jobs are ahead (0 = next to run)."""
+    """Waiting; `position` jobs are ahead (0 = next to run), or for what `reason` says."""
 
     position: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

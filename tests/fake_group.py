@@ -6,7 +6,9 @@ once" only the first time, "slow" waits to be stopped, "stuck" hangs in the code
 
 from __future__ import annotations
 
+import functools
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dualparal.events import BlockReady, Progress, Started
+from dualparal.media.writer import VideoWriter
 from dualparal.runtime import replica
 from dualparal.runtime.messages import (
     Beat,
@@ -44,6 +48,8 @@ class Notebook:
         self.start_errors: list[WorkerError] = []  # so many groups end with these before they are ready
         self.dead_replicas: set[str] = set()  # devices of groups that never start
         self.let_go = threading.Event()  # "slow" jobs go on
+        self.slow_at = 2  # the block before which they wait
+        self.is_deaf = False  # stops are not heard
 
     def names(self) -> list[str]:
         """Prompts in the order in which their jobs were run."""
@@ -119,10 +125,11 @@ class FakeGroup:
     def _run(self, run: RunJob, num_before: int) -> None:
         prompt, job_id = run.request.prompt, run.job_id
         self._out.put(Started(job_id=job_id, num_blocks=NUM_BLOCKS, num_items=NUM_BLOCKS, num_frames=4 * NUM_BLOCKS))
+        num_made = 0
         for block in range(NUM_BLOCKS):
             if self._dead or self.is_closed:
                 return
-            if "slow" in prompt and block == 2:
+            if "slow" in prompt and block == self.notebook.slow_at:
                 while not self.notebook.let_go.wait(0.002) and not self._take_stops(job_id) and not self._dead:
                     if self.is_closed:
                         return
@@ -132,7 +139,8 @@ class FakeGroup:
             if self._take_stops(job_id):
                 break
             path = Path(run.folder) / f"block_{block:04d}.ts"
-            path.write_bytes(b"frames")
+            path.write_bytes(b"G" * 188)
+            num_made += 1
             self._out.put(Progress(job_id=job_id, items_done=block + 1, num_items=NUM_BLOCKS, num_steps=1, block_steps=(1,)))
             self._out.put(
                 BlockReady(job_id=job_id, block=block, path=str(path), first_frame=4 * block, num_frames=4, duration_s=0.25)
@@ -144,14 +152,15 @@ class FakeGroup:
             self._out.put(Beat("codec", step="decoding block 1", busy_s=self.options.timeout_s + 1))
             return
         video = Path(run.folder) / "video.mp4"
-        video.write_bytes(b"video")
-        self._out.put(VideoClosed(job_id, is_stopped, str(video), 4 * NUM_BLOCKS, {"denoise_s": 0.5}, None))
+        video.write_bytes(_some_video())
+        self._out.put(VideoClosed(job_id, is_stopped, str(video), 4 * num_made, {"denoise_s": 0.5}, None))
 
     def _take_stops(self, job_id: str) -> bool:
         while not self.requests.empty():
             message = self.requests.get()
             if isinstance(message, CancelJob):
-                self._stopped.add(message.job_id)
+                if not self.notebook.is_deaf:
+                    self._stopped.add(message.job_id)
             else:
                 self.requests.put(message)
                 break
@@ -168,8 +177,20 @@ def fake_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notebook]:
     monkeypatch.setattr(replica, "MAX_PAUSE_S", 0.01)
     monkeypatch.setattr("dualparal.runtime.ending.join_finished", _joined)
     monkeypatch.setattr("dualparal.runtime.dispatcher.join_finished", _joined)
+    monkeypatch.setattr("dualparal.runtime.replica.join_finished", _joined)
     yield notebook
     notebook.let_go.set()
+
+
+@functools.cache
+def _some_video() -> bytes:
+    """Of as many frames as a whole job has."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer = VideoWriter(Path(folder), width=32, height=32, fps=16)
+        writer.add_block(np.zeros((4 * NUM_BLOCKS, 32, 32, 3), np.uint8))
+        path = writer.finish("{}")
+        assert path is not None
+        return path.read_bytes()
 
 
 def _joined(job: Any) -> tuple[str | None, int]:

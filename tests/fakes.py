@@ -52,6 +52,7 @@ class JobView:
     blocks: tuple[BlockReady, ...] = ()
     final: Event | None = None
     timeline: tuple[Span, ...] = ()
+    waits_for: str = ""
 
 
 @dataclass(frozen=True)

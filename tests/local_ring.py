@@ -31,7 +31,8 @@ DEADLINE_S = 120
 class LocalEdge:
     """One end of a queue; checks the size that was posted against what arrives."""
 
-    def __init__(self, channel: queue.Queue[torch.Tensor], delays: random.Random | None) -> None:
+    def __init__(self, channel: queue.Queue[torch.Tensor], delays: random.Random | None, is_nccl: bool = False) -> None:
+        self.holds_up_the_device = is_nccl
         self._channel, self._delays, self._posted = channel, delays, deque[int]()
 
     def _sleep(self) -> None:
@@ -59,10 +60,12 @@ class LocalEdge:
 
 
 class LocalLinks:
-    def __init__(self, rank: int, ranks: int, channels: list[queue.Queue[torch.Tensor]], delays: random.Random | None) -> None:
+    def __init__(
+        self, rank: int, ranks: int, channels: list[queue.Queue[torch.Tensor]], delays: random.Random | None, is_nccl: bool
+    ) -> None:
         self.rank, self.ranks = rank, ranks
-        self.outgoing = LocalEdge(channels[rank], delays) if ranks > 1 else None
-        self.incoming = LocalEdge(channels[rank - 1], delays) if ranks > 1 else None
+        self.outgoing = LocalEdge(channels[rank], delays, is_nccl) if ranks > 1 else None
+        self.incoming = LocalEdge(channels[rank - 1], delays, is_nccl) if ranks > 1 else None
 
     def broadcast(self, message: Any) -> Any:
         raise NotImplementedError
@@ -71,13 +74,15 @@ class LocalLinks:
 _stages: dict[tuple[Any, ...], Stage] = {}
 
 
-def stages_of(checkpoint: Checkpoint, ranks: int, layer_split: Sequence[int] | None, dtype: str, **options: Any) -> list[Stage]:
+def stages_of(
+    checkpoint: Checkpoint, ranks: int, layer_split: Sequence[int] | None, dtype: str, device: str = "cpu", **options: Any
+) -> list[Stage]:
     """Stages are kept: many tests share a checkpoint and a split."""
     found = []
     for layers in split_layers(checkpoint.num_layers, ranks, layer_split):
-        key = (checkpoint.folder, layers, dtype, *options.items())
+        key = (checkpoint.folder, layers, dtype, device, *options.items())
         if key not in _stages:
-            _stages[key] = Stage(checkpoint, layers, dtype=dtype, device="cpu", **options)
+            _stages[key] = Stage(checkpoint, layers, dtype=dtype, device=device, **options)
         found.append(_stages[key])
     return found
 
@@ -107,22 +112,24 @@ def denoise_in_threads(
     resume: SweepState | None = None,
     caches: Path | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
+    is_nccl: bool = False,
     **options: Any,
 ) -> dict[int, torch.Tensor]:
     """Latents of each finished block. `texts[i]`: guidance halves of text i; `stop_after` items the job is stopped;
     `save_caches` takes (stage, rank, sweep, K/V) of every rank but 0 at saved borders, `caches` is a folder of such files to
-    `resume` with; `options` are the stages' own (LoRAs, attention)."""
+    `resume` with; `is_nccl`: receives are posted as on GPUs; `options` are the stages' own (LoRAs, attention)."""
     checkpoint = Checkpoint(folder)
-    stages = stages_of(checkpoint, ranks, layer_split, dtype, **options)
+    stages = stages_of(checkpoint, ranks, layer_split, dtype, device, **options)
     plan = BlockPlan.of(latents_num, num_per_block, num_cat)
-    samplers = SamplerFactory(checkpoint.config("scheduler"), num_steps=steps, flow_shift=flow_shift, device="cpu")
+    samplers = SamplerFactory(checkpoint.config("scheduler"), num_steps=steps, flow_shift=flow_shift, device=device)
     experts = samplers.experts(boundary_ratio)
     schedule = make_schedule(rules or Rules(), plan, experts)
     shape = JobShape(*size, len(texts[0]), guidance, tuple(text_of_block or (0,) * plan.num_blocks))
     conditions = stages[0].embed_conditions(samplers.timesteps, texts)
     channels: list[queue.Queue[torch.Tensor]] = [queue.Queue() for _ in range(ranks)]
     delays = random.Random(delay_seed) if delay_seed is not None else None
-    links = [LocalLinks(rank, ranks, channels, delays) for rank in range(ranks)]
+    links = [LocalLinks(rank, ranks, channels, delays, is_nccl) for rank in range(ranks)]
     for stage in stages:
         stage.begin(shape, schedule, conditions)
     blocks: dict[int, torch.Tensor] = {}
@@ -133,7 +140,7 @@ def denoise_in_threads(
     denoiser = Denoiser(
         stages[0], links[0], schedule, samplers, iter(noise),
         is_stopped=lambda: stop_after is not None and next(launched) >= stop_after,
-        on_step=done.append, on_block=lambda b, x: blocks.update({b: x}), spans=SpanLog("stage 0", lambda _: None),
+        on_step=done.append, on_block=lambda b, x: blocks.update({b: x.cpu()}), spans=SpanLog("stage 0", lambda _: None),
         saver=saver,
     )  # fmt: skip
     if resume is not None:

@@ -18,6 +18,7 @@ from dualparal.core.work import Workload, query_and_key_frames
 from dualparal.request import GenerationRequest
 
 GPU_RUNTIME_BYTES = 10**9  # CUDA context, library workspaces, allocator slack: the same on every card
+CODEC_RUNTIME_BYTES = 5 * 10**8  # the same of a second process on a card
 CACHED_LAYERS_ON_DEVICE = 5  # of a left cache that waits in host memory: three on their way out, two on their way in
 SAMPLER_COPIES = 6  # a block in flight on rank 0: latents, two past predictions, last sample, and the step's own two
 # Peak of a streamed decode of the Wan VAE (base_dim 96), by its dtype: a test measures the graph. In half precision a little
@@ -144,7 +145,7 @@ def memory_plan(
             text=_text_bytes(workload, len(stage), width_bytes, num_texts) * num_experts + _rope_bytes(workload),
             latents=_latents_bytes(workload, height, width) if rank == 0 else 0,
             codec=codec if rank == codec_rank else 0,
-            runtime=GPU_RUNTIME_BYTES * on_gpu,
+            runtime=(GPU_RUNTIME_BYTES + CODEC_RUNTIME_BYTES * (rank == codec_rank)) * on_gpu,
         )
         for rank, stage in enumerate(stages)
     )
@@ -288,13 +289,11 @@ def _layer_peak(workload: Workload, item: Item, width_bytes: int, unpacked: int)
 
 
 def _messages(rank: int, num_ranks: int) -> int:
-    """Activations [B, n, D] held for the ring: the one being worked on, the next one awaited, the last one being sent.
-
-    Rank 0 receives no activations but runs ahead of the others by up to one item per rank.
-    """
+    """Activations [B, n, D] held for the ring: the one being worked on, the next one awaited, two being sent
+    (`transport.MAX_UNSENT`), one free to be filled. Rank 0 receives none, the last rank sends none."""
     if num_ranks == 1:
         return 1
-    return num_ranks if rank == 0 else 2 + (rank + 1 < num_ranks)
+    return 3 if rank in (0, num_ranks - 1) else 5
 
 
 def _text_bytes(workload: Workload, num_layers: int, width_bytes: int, num_texts: int) -> int:

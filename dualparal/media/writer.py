@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dualparal.errors import OutputError, RequestError
+from dualparal.files import is_whole_segment, replace_durably
 from dualparal.media.ffmpeg import run_ffmpeg
 from dualparal.media.metadata import describe, ffmetadata
 from dualparal.media.png import png_bytes
@@ -35,7 +36,7 @@ TO_YUV = (
 NULL_PACKET = b"\x47\x1f\xff\x10" + b"\xff" * 184  # MPEG-TS stuffing, ignored by players
 MIN_PACKETS = 16  # with fewer, ffmpeg cannot tell that a file is MPEG-TS (one frame of 64x64 may take five)
 
-PARTIAL = re.compile(r"\.(video\..*|block_\d+\.ts|sweep\.safetensors|latents_\d+\.safetensors|\d+\.png)\.part")
+PARTIAL = re.compile(r"\.(video\..*|block_\d+\.ts|(sweep|sweep_\d+|latents_\d+|caches_\d+_\d+)\.safetensors|\d+\.png)\.part")
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,14 @@ class VideoWriter:
         if self.export_images:  # before the segment: a segment on disk means its pictures are there too
             for number, frame in enumerate(frames, segment.first_frame):
                 write_bytes(self.folder / "frames" / f"{number:06d}.png", png_bytes(frame))
-        write_bytes(segment.path, self._encode(frames, segment))
+        write_bytes(segment.path, self._encode(frames, segment), is_durable=True)
         self.segments.append(segment)
         return segment
 
     def adopt_block(self, num_frames: int) -> Segment | None:
         """Take the next block from disk if a run before has written it whole; None when it has not."""
         segment = Segment(self._next_path(), self.num_frames, num_frames, num_frames / self.fps)
-        if not segment.path.is_file():
+        if not is_whole_segment(segment.path):
             return None
         self.segments.append(segment)
         return segment
@@ -127,7 +128,7 @@ class VideoWriter:
             write_bytes(tags, ffmetadata(settings).encode())
             self._join(listing.name, tags.name, partial.name)
             self._check_joined(partial)
-            os.replace(partial, video)
+            replace_durably(partial, video)
         except OSError as error:
             raise write_error(video, error) from None
         finally:
@@ -228,12 +229,13 @@ def make_folder(folder: Path) -> None:
         raise write_error(folder, error) from None
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name beside `path`, then rename; raises `OutputError` and leaves nothing behind."""
+def write_bytes(path: Path, data: bytes, *, is_durable: bool = False) -> None:
+    """Write `data` under a temporary name beside `path`, then rename; raises `OutputError` and leaves nothing behind. With
+    `is_durable` it survives a power cut."""
     partial = path.with_name(f".{path.name}.part")
     try:
         partial.write_bytes(data)
-        os.replace(partial, path)
+        (replace_durably if is_durable else os.replace)(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise write_error(path, error) from None

@@ -30,18 +30,20 @@ ENOUGH_S = 1.0  # a pass this long measures well
 
 
 def calibrate(
-    config: Mapping[str, Any], *, device: str, dtype: str, num_tokens: int, attention: str | None = None, size_px: int = 64
-) -> Speed:
+    config: Mapping[str, Any], *, device: str, dtype: str, num_tokens: int, attention: str | None = None,
+    size_px: tuple[int, int] = (64, 64), vae_dtype: str = "float32",
+) -> Speed:  # fmt: skip
     """The speed of `device` for a transformer of `config` in `dtype`, at windows of up to `num_tokens` tokens.
 
-    The VAE has Wan's real shape and decodes `size_px` x `size_px` pixels.
+    The VAE has Wan's real shape and decodes `size_px` (height, width) pixels in `vae_dtype`: on a GPU give a real job's, for a
+    small picture measures launches.
     """
     sizes, on = DiTSizes.of(config), torch.device(device)
     with torch.inference_mode():
         flops_per_s, tokens = _layer_rate(sizes, on, DTYPES[dtype], num_tokens, attention)
         embed_s, head_s = _ends_s(sizes, on, DTYPES[dtype], tokens)
         return Speed(
-            flops_per_s=flops_per_s, decode_s_per_pixel=_decode_rate(on, size_px), embed_s_per_token=embed_s,
+            flops_per_s=flops_per_s, decode_s_per_pixel=_decode_rate(on, size_px, DTYPES[vae_dtype]), embed_s_per_token=embed_s,
             head_s_per_token=head_s, sampler_s=_sampler_s(sizes, on, num_tokens), link_bytes_per_s=link_rate(on),
         )  # fmt: skip
 
@@ -122,13 +124,14 @@ def link_rate(device: torch.device, num_bytes: int = 2**28) -> float | None:
     return num_bytes / max(_median_s(lambda: here.copy_(there), device), _median_s(lambda: there.copy_(here), device))
 
 
-def _decode_rate(device: torch.device, size_px: int) -> float:
+def _decode_rate(device: torch.device, size_px: tuple[int, int], dtype: torch.dtype) -> float:
     """Seconds per latent frame and output pixel, of frames after a video's first."""
-    decoder = StreamingDecoder(AutoencoderKLWan().to(device).requires_grad_(False).eval())
-    latents = torch.randn(1, decoder.z_dim, 1, size_px // 8, size_px // 8)
+    decoder = StreamingDecoder(AutoencoderKLWan().to(device, dtype).requires_grad_(False).eval())
+    height, width = size_px
+    latents = torch.randn(1, decoder.z_dim, 1, height // 8, width // 8)
     decoder.decode(latents)
     decoder.decode(latents)  # caches are full from here on
-    return _median_s(lambda: decoder.decode(latents), device) / size_px**2
+    return _median_s(lambda: decoder.decode(latents), device) / (height * width)
 
 
 def _median_s(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:

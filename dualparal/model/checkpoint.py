@@ -70,7 +70,7 @@ def load_transformer_share(
             value = merge.apply(key, value)
         stored = quantizer.storage_dtype(key, target)
         value = value.to(device, target, copy=True).to(stored)
-        set_module_tensor_to_device(model, key, device, value=value, dtype=stored)
+        set_module_tensor_to_device(model, key, device, value=value, dtype=stored, clear_cache=False)
         quantizer.after(key)
     quantizer.finish()
     # Buffers of the meta model hold nothing; the table is small and is made anew, in upstream's precision.

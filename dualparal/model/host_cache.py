@@ -146,6 +146,10 @@ class HostCache(MutableMapping[int, KeyValue]):
         if layer not in self._coming and layer in self._host:
             self._coming[layer] = self._ferry.to_device(self._host[layer])
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.nbytes for host in self._host.values() for x in host.pair for piece in x.pieces)
+
     def in_host_memory(self) -> dict[int, KeyValue]:
         """Copies of all layers, in host memory."""
         for host in self._host.values():

@@ -53,6 +53,19 @@ class Quantizer:
                 apply_layerwise_casting(block, FP8, self._dtype, skip_modules_pattern=("norm",))
 
 
+class Handover:
+    """Activations [B, n, D] to be taken once, so that nobody holds them when the first layer is through. No list: diffusers'
+    offloading makes new ones of those."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self._hidden: torch.Tensor | None = hidden
+
+    def take(self) -> torch.Tensor:
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None
+        return hidden
+
+
 class Layers(nn.Module):
     """One expert's layers of a stage, run in order; a module of its own so that group offloading sees the order."""
 
@@ -65,14 +78,9 @@ class Layers(nn.Module):
         # diffusers starts its prefetch from a module that has a tensor of its own.
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
-    def forward(
-        self, given: list[torch.Tensor], text: TextKey, timestep_proj: torch.Tensor, around: Surroundings
-    ) -> torch.Tensor:
-        """The activations [B, n, D] in `given` through every layer; `timestep_proj` [1, 6, D].
-
-        They are taken out of the list, so that nobody holds them when the first layer is through.
-        """
-        hidden = given.pop()
+    def forward(self, given: Handover, text: TextKey, timestep_proj: torch.Tensor, around: Surroundings) -> torch.Tensor:
+        """The activations `given` through every layer; `timestep_proj` [1, 6, D]."""
+        hidden = given.take()
         for block, attention in zip(self.blocks, self._attentions, strict=True):
             attention.surroundings = around
             hidden = block(hidden, text, timestep_proj, None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
 from dualparal.errors import RequestError
 from dualparal.model.attention_backends import CPU_BACKENDS
@@ -29,7 +29,8 @@ def use_attention(model: WanTransformer3DModel, name: str, device: torch.device)
     level = diffusers_log.level
     diffusers_log.setLevel(logging.ERROR)  # "experimental" in every rank, for every expert
     try:
-        model.set_attention_backend(name)
+        with attention_backend("native"):  # else diffusers changes it for the whole process, too
+            model.set_attention_backend(name)
     except (RuntimeError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise RequestError(f"attention={name} cannot be used here: {first} Or use native.", "attention") from None

@@ -21,7 +21,7 @@ from dualparal.model.feature_cache import CrossAttention, KeyValue, SelfAttentio
 from dualparal.model.host_cache import Ferry, HostCache
 from dualparal.model.layout import Checkpoint
 from dualparal.model.lora_source import Lora
-from dualparal.model.low_memory import Layers, offload_layers
+from dualparal.model.low_memory import Handover, Layers, offload_layers
 from dualparal.model.speedups import compile_layers, use_attention
 
 # K/V of a block's last own frames, by (block, guidance half) and layer.
@@ -154,6 +154,8 @@ class Stage:
         self._tails.clear()
         if self._ferry is not None:
             self._ferry.flush()
+        if self.device.type == "cuda":  # the codec, a process of its own, may need on this card what this one only keeps
+            torch.cuda.empty_cache()
         for texts, crosses in zip(self._texts, self._crosses, strict=True):
             texts.clear()
             for cross in crosses:
@@ -166,6 +168,13 @@ class Stage:
             key: by_layer.in_host_memory() if isinstance(by_layer, HostCache) else dict(by_layer)
             for key, by_layer in self._tails.items()
         }
+
+    def tail_bytes(self) -> int:
+        """Bytes of what `tails` would return."""
+        return sum(
+            by_layer.num_bytes if isinstance(by_layer, HostCache) else sum(x.nbytes for pair in by_layer.values() for x in pair)
+            for by_layer in self._tails.values()
+        )
 
     def restore_tails(self, tails: Tails) -> None:
         """Take up what `tails` gave at a sweep's border; call it after `begin`."""
@@ -204,7 +213,7 @@ class Stage:
         assert shape is not None and schedule is not None, "begin() a job first"
         model = self.models[item.expert]
         temb, timestep_proj = self._conditions[item.expert]
-        given = [self._embed(model, incoming, item) if self.is_first else incoming]
+        given = Handover(self._embed(model, incoming, item) if self.is_first else incoming)
         around = self._surroundings(item)
         text = (shape.text_of_block[item.block], item.half if item.is_guided else 0)
         hidden = self._layers[item.expert](given, text, timestep_proj[item.step : item.step + 1], around)
@@ -212,7 +221,10 @@ class Stage:
             self._heads[item.half] = around.kept_head
         if item.keeps_tail:
             self._tails[item.block, item.half] = around.kept_tail
-        return self._predict(model, item, hidden, temb[item.step : item.step + 1]) if self.is_last else hidden
+        out = self._predict(model, item, hidden, temb[item.step : item.step + 1]) if self.is_last else hidden
+        if self.device.type == "cuda":  # who measures the work or waits for it in vain means the work, not its launch
+            torch.cuda.current_stream(self.device).synchronize()
+        return out
 
     def _surroundings(self, item: Item) -> Surroundings:
         """Take out what the schedule says this item uses, and say what it is to leave."""

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 MAX_BYTES = 10**9  # about 2000 prompts of a hundred tokens
+PARTIAL_LASTS_S = 3600.0
 
 
 class EmbeddingCache:
@@ -53,6 +55,9 @@ class EmbeddingCache:
         return self._folder / f"{key}.safetensors"
 
     def _make_room(self) -> None:
+        for left in self._folder.glob(".*.part"):  # of a process that was killed
+            if left.stat().st_mtime < time.time() - PARTIAL_LASTS_S:
+                left.unlink(missing_ok=True)
         files = sorted(((file.stat(), file) for file in self._folder.glob("*.safetensors")), key=lambda pair: pair[0].st_mtime)
         surplus = sum(stat.st_size for stat, _ in files) - self._max_bytes
         for stat, file in files[:-1]:

@@ -158,7 +158,7 @@ class BaselineLane:
                     process.stdout.close()
 
     def _run(self, job: Job) -> None:
-        command = [*baseline_command(job.folder.path, self._device, self._text_encoder), "--tell"]
+        command = [*baseline_command(job.folder.path, self._device, self._text_encoder), "--tell", "--with_stdin"]
         with self._lock:
             if job.has_ended or self._is_closing.is_set():
                 return

@@ -66,6 +66,15 @@ def is_claimed(folder: JobFolder) -> bool:
     return False
 
 
+def delete_job(folder: JobFolder) -> None:
+    """Remove an ended job that nobody works on. Raises `RequestError` when somebody does, `OutputError`."""
+    held = claim(folder)
+    try:
+        folder.delete()
+    finally:
+        held.release()
+
+
 def _open(folder: JobFolder) -> int:
     try:
         return os.open(folder.path / "request.json", os.O_RDONLY | os.O_CLOEXEC)

@@ -139,6 +139,8 @@ class Codec:
                 working_at("joining the video")
                 self._uplink.send(video.close(message))
                 self._video = None
+                if torch.cuda.is_initialized():  # a rank may share this card
+                    torch.cuda.empty_cache()
         except (OSError, ValueError) as error:
             # The job is lost, the codec is not: a full disk concerns this video only.
             self._video, self._failed_job = None, job_id
@@ -158,6 +160,8 @@ class OpenedVideo:
         self.job: RunJob = message.job
         request = message.job.request
         assert request.fps
+        if not Path(message.job.folder).is_dir():
+            raise OutputError(f"{message.job.folder} is gone: the job was deleted while it waited")
         self._decoder, self._uplink = decoder, uplink
         self._writer = VideoWriter(
             Path(message.job.folder), width=message.width, height=message.height, fps=request.fps,

@@ -112,10 +112,9 @@ class Denoiser:
         saver, border = self._saver, self._border_after.get(item.index)
         if saver is None or border is None or self._to_save:
             return GO
-        caches = self._stage.tails() if saver.keeps_caches else {}
-        if not saver.wants_sweep(caches):
+        if not saver.wants_sweep(self._stage.tail_bytes() if saver.keeps_caches else 0):
             return GO
-        self._to_save[border.num_done] = caches
+        self._to_save[border.num_done] = self._stage.tails() if saver.keeps_caches else {}
         return SAVE if saver.keeps_caches else GO
 
     def _enter(self, block: int) -> None:

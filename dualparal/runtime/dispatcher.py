@@ -5,14 +5,15 @@ Every job that has not ended is in exactly one place: in the queue, or held by o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from dualparal.errors import DualParalError, OutOfMemory
+from dualparal.errors import DualParalError, OutOfMemory, OutputError
 from dualparal.events import Cancelled, Queued
-from dualparal.runtime.ending import join_finished
+from dualparal.runtime.ending import end_early, join_finished
 from dualparal.runtime.job import Job
 from dualparal.runtime.job_queue import JobQueue
 from dualparal.runtime.locks import SafeCondition
@@ -39,7 +40,8 @@ class Dispatcher:
     """Hands queued jobs to replicas, one at a time each."""
 
     def __init__(self, queue: JobQueue[Job], *, auto_resume: bool, check: Callable[[Job], None] = lambda _: None) -> None:
-        """`check` is called before a job is handed out and fails it by raising `DualParalError` (a full disk, say)."""
+        """`check` is called before a job is handed out: it waits on, and all behind it, while that raises `OutputError` (a full
+        disk)."""
         self.changed = SafeCondition()
         self.queue = queue
         self.replicas: Sequence[Group] = ()
@@ -48,6 +50,7 @@ class Dispatcher:
         self._auto_resume, self._check = auto_resume, check
         self._jobs: dict[str, Job] = {}
         self._ended: deque[str] = deque()
+        self._short: tuple[str, str] = ("", "")  # the job that waits for room on the disk, and in whose words
         self._owed: list[Job] = []  # ended, and a full disk has not taken all their events
 
     # For those who submit
@@ -89,6 +92,8 @@ class Dispatcher:
                 self._tell_positions()
             else:
                 job.is_stopping = True
+                with contextlib.suppress(OSError):  # a full disk: the wish is known here all the same
+                    job.folder.stop_wish.touch()
                 for replica in self.replicas:
                     if replica.at_rank_0 is job:
                         replica.stop_job(job)
@@ -107,19 +112,27 @@ class Dispatcher:
     def next_job(self, replica: Group) -> Job | None:
         """The job whose turn it is, from now on held by `replica`."""
         with self.changed:
-            while not self.is_closing:
-                job = self.queue.pop(lambda job: not any(other.holds(job.id) for other in self.replicas))
-                if job is None:
-                    return None
-                try:
-                    self._check(job)
-                except DualParalError as error:
-                    job.fail(error)
-                    continue
-                replica.at_rank_0 = job
-                self._tell_positions()
-                return job
-        return None
+            if self.is_closing:
+                return None
+            job = self.queue.pop(lambda job: not any(other.holds(job.id) for other in self.replicas))
+            if job is None:
+                return None
+            try:
+                self._check(job)
+            except OutputError as error:  # replicas ask again every second
+                self.queue.push_first(job)
+                self._tell_short(job, str(error))
+                return None
+            self._short = ("", "")
+            replica.at_rank_0 = job
+            self._tell_positions()
+            return job
+
+    def _tell_short(self, job: Job, reason: str) -> None:
+        if self._short[0] != job.id:  # the numbers change all the time
+            self._short = (job.id, reason)
+            log.warning("job %s waits: %s", job.id, reason, extra={"job_id": job.id})
+            self._tell_positions()
 
     def put_back(self, job: Job, error: DualParalError) -> bool:
         """Whether `job`, cut off by `error`, goes on by itself: once, from its last saved sweep, before all others."""
@@ -150,7 +163,10 @@ class Dispatcher:
             waiting = list(self.queue)
             self.queue.clear()
         for job in waiting:
-            job.fail(error, is_stored=is_stored)
+            if is_stored:
+                end_early(job, error)
+            else:
+                job.fail(error, is_stored=False)
 
     def note_end(self, job: Job) -> None:
         """An ended job is counted, and forgotten when enough others have ended after it."""
@@ -180,7 +196,8 @@ class Dispatcher:
         busy = sum(replica.at_rank_0 is not None for replica in self.replicas)
         ahead = max(0, busy - (len(self.replicas) - 1))
         for place, job in enumerate(self.queue):
-            job.emit(Queued(job_id=job.id, position=place + ahead), is_stored=job is is_new)
+            reason = self._short[1] if job.id == self._short[0] else ""
+            job.emit(Queued(job_id=job.id, position=place + ahead, reason=reason), is_stored=job is is_new)
 
     def _wake(self) -> None:
         for replica in self.replicas:

@@ -347,6 +347,7 @@ class Engine:
         with self.desk.changed:
             self._check_can_go_on(folder)
             warn_of_other_bits(folder, self._gear.made_with())
+            folder.stop_wish.unlink(missing_ok=True)
             record = folder.record()
             run = RunJob(
                 folder.job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")),

@@ -5,6 +5,7 @@ Lives in the front end; the engine's supervisor thread feeds it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -43,7 +44,8 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobView:
-    """A snapshot for display. `position` counts the jobs ahead (None once running); `timeline` in seconds since submit."""
+    """A snapshot for display. `position` counts the jobs ahead (None once running), `waits_for` says what else a job waits for;
+    `timeline` in seconds since submit."""
 
     state: str
     position: int | None
@@ -52,6 +54,7 @@ class JobView:
     blocks: tuple[BlockReady, ...]
     final: Event | None
     timeline: tuple[Span, ...]
+    waits_for: str = ""
 
 
 class Job:
@@ -102,9 +105,11 @@ class Job:
     def view(self) -> JobView:
         """A consistent snapshot; cheap."""
         with self._changed:
+            waiting = self._queued if not self._started and not self._final else None
             return JobView(
                 state=self.state,
-                position=self._queued.position if self._queued and not self._started and not self._final else None,
+                position=waiting.position if waiting else None,
+                waits_for=waiting.reason if waiting else "",
                 started=self._started,
                 progress=self._progress,
                 blocks=tuple(self._blocks),
@@ -180,8 +185,8 @@ class Job:
                 case Interrupted():
                     self._started = self._progress = None
                 case Finished() | Failed() | Cancelled():
-                    if isinstance(event, Finished):
-                        self.folder.drop_state()  # not before the journal says so: a kill in between must leave one of the two
+                    with contextlib.suppress(OSError):
+                        self.folder.stop_wish.unlink(missing_ok=True)
                     if not self._unstored:  # else nobody may take it for a job that was cut off
                         self.release()
                     self._final = event
@@ -199,7 +204,8 @@ class Job:
         if isinstance(event, BlockReady):
             return event.block >= len(self._blocks)
         if isinstance(event, Queued) and self._queued is not None and self._started is None:
-            return event.position != self._queued.position or isinstance(self._events[-1], Interrupted)
+            is_moved = (event.position, event.reason) != (self._queued.position, self._queued.reason)
+            return is_moved or isinstance(self._events[-1], Interrupted)
         return True
 
     def interrupt(self, error: Exception) -> None:
@@ -287,7 +293,8 @@ class Job:
                     )  # fmt: skip
                     self._is_told_of_disk = True
                     return False
-                self._unstored.pop(0)
+                if isinstance(self._unstored.pop(0), Finished):
+                    self.folder.drop_state()  # not before the journal says so: a kill in between must leave one of the two
             if self._final is not None:
                 self.release()
             return True

@@ -29,10 +29,12 @@ from typing import Any
 
 from dualparal.errors import OutputError, RequestError
 from dualparal.events import FINAL, Event, Progress, Queued, event_from_json
+from dualparal.files import replace_durably
 from dualparal.request import GenerationRequest
 
 JOB_ID = re.compile(r"[0-9a-f-]{6,36}")
 STATE_FOLDER = "state"
+GOING = ".going"  # what is being deleted is renamed first
 SEGMENT = re.compile(r"block_([0-9]+)\.ts")
 
 
@@ -54,11 +56,12 @@ def outputs_folder(named: str | Path | None = None) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` under a temporary name beside `path`, then rename, so that `path` is never half-written. Raises OSError."""
+    """Write `text` under a temporary name beside `path`, then rename, so that `path` is never half-written, not by a power
+    cut either. Raises OSError."""
     partial = path.with_name(f".{path.name}.part")
     try:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_durably(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
@@ -131,15 +134,19 @@ class JobFolder:
                 if lines.write(line) != len(line):
                     lines.truncate(end)  # a line that lacks its end only would count twice once it is written again
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if isinstance(event, (*FINAL, Queued)):  # what says whether the job goes on survives a power cut
+                    os.fsync(lines.fileno())
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}; free space or make it writable") from None
 
     def events(self) -> list[Event]:
-        """All whole events on disk, oldest first."""
+        """All whole events on disk, oldest first. Raises `OutputError` where the journal is there and cannot be read."""
         try:
             lines = (self.path / "events.jsonl").read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise OutputError(f"job {self.job_id}: events.jsonl cannot be read: {error.strerror}") from None
         found = []
         for line in lines:
             try:
@@ -160,20 +167,29 @@ class JobFolder:
 
     def drop_state(self) -> None:
         """Remove what only a job that goes on needs, at once for whoever looks; no error when it is gone or must stay."""
-        going = self.path / f".{STATE_FOLDER}.going"
+        going = self.path / f".{STATE_FOLDER}{GOING}"
         shutil.rmtree(going, ignore_errors=True)
         with contextlib.suppress(OSError):
             (self.path / STATE_FOLDER).rename(going)
         shutil.rmtree(going, ignore_errors=True)
 
     def delete(self) -> None:
-        """Remove the job and all its files; no error when it is gone already. Raises `OutputError`."""
+        """Remove the job and all its files; no error when it is gone already. It is gone at once for whoever looks, and for a
+        program that starts after this one was killed. Raises `OutputError`."""
+        going = self.path.with_name(f".{self.path.name}{GOING}")
         try:
-            shutil.rmtree(self.path)
+            shutil.rmtree(going, ignore_errors=True)
+            self.path.rename(going)
+            shutil.rmtree(going)
         except FileNotFoundError:
             return
         except OSError as error:
             raise OutputError(f"job {self.job_id} cannot be deleted: {error.strerror or error}") from None
+
+    @property
+    def stop_wish(self) -> Path:
+        """A file that is there while the job has been asked to stop and has not ended."""
+        return self.path / ".stop"
 
 
 def _ends_torn(lines: io.FileIO) -> bool:
@@ -187,16 +203,29 @@ def _ends_torn(lines: io.FileIO) -> bool:
 def list_jobs(outputs: Path) -> Iterator[JobFolder]:
     """Every job folder under `outputs`, newest first. Other folders are left alone."""
     try:
-        entries = [entry for entry in outputs.iterdir() if JOB_ID.fullmatch(entry.name) and (entry / "request.json").is_file()]
+        entries = [entry for entry in outputs.iterdir() if JOB_ID.fullmatch(entry.name) and _has_request(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in sorted(entries, key=lambda path: path.name, reverse=True):
         yield JobFolder(entry)
 
 
+def _has_request(folder: Path) -> bool:
+    try:
+        return (folder / "request.json").is_file()
+    except OSError:  # somebody else's folder
+        return False
+
+
+def finish_deleting(outputs: Path) -> None:
+    """Remove what is left of jobs whose deletion was cut off."""
+    for path in outputs.glob(f".*{GOING}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def find_job(outputs: Path, job_id: object) -> JobFolder:
     """The folder of `job_id`; raises `RequestError` for a malformed or unknown id."""
     folder = JobFolder(outputs / check_job_id(job_id))
-    if not (folder.path / "request.json").is_file():
+    if not _has_request(folder.path):
         raise RequestError(f"there is no job {folder.job_id} in {outputs}", "job_id")
     return folder

@@ -30,11 +30,6 @@ MAX_BYTES = 2**30  # of one border, all layers together; larger ones are not sav
 NAME = re.compile(r"caches_(\d{6})_\d+\.safetensors")
 
 
-def cache_bytes(tails: Tails) -> int:
-    """Bytes of the K and V in `tails`."""
-    return sum(x.nbytes for by_layer in tails.values() for pair in by_layer.values() for x in pair)
-
-
 class CacheWriter:
     """Writes one stage's K/V, from a thread of its own that is started by the first border. A full disk ends the saving, not
     the job; where the folder of the job is not at hand (another host's) nothing is written, and the border stays incomplete."""

@@ -154,10 +154,12 @@ class Coordinator:
             caches_of=state.sweep if state and is_cached else None,
         )
         schedule = make_schedule(spec.rules, plan, spec.experts)
+        # Before the others wait for this job's first message: what is damaged here ends the job, not the ring.
+        tails = read_caches(folder, spec.caches_of, self._stage.layers) if spec.caches_of is not None else None
         self._links.broadcast(spec)
         self._stage.begin(spec.shape, schedule, spec.conditions)
-        if spec.caches_of is not None:
-            self._stage.restore_tails(read_caches(folder, spec.caches_of, self._stage.layers))
+        if tails is not None:
+            self._stage.restore_tails(tails)
         progress = ProgressReport(job.job_id, schedule, self._uplink, spec.start)
         saver = StateWriter(folder, share=StageShare(self._stage.layers, num_layers) if is_cached else None)
         denoiser = Denoiser(

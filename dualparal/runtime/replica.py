@@ -27,7 +27,7 @@ from dualparal.errors import (
 )
 from dualparal.events import Cancelled, Event, Finished, Progress
 from dualparal.runtime.dispatcher import Dispatcher
-from dualparal.runtime.ending import end_early
+from dualparal.runtime.ending import end_early, join_finished
 from dualparal.runtime.gate import Gate
 from dualparal.runtime.job import Job
 from dualparal.runtime.launch import WorkerGroup
@@ -128,8 +128,12 @@ class Replica:
             self._set_state("restarting", error)
             if failed_starts:
                 self._pause(min(MAX_PAUSE_S, PAUSE_AFTER_FAILED_START_S * 2 ** (failed_starts - 1)))
+        closed = EngineError("the engine was closed before the job was done")
         for job in self._let_go():
-            job.fail(EngineError("the engine was closed before the job was done"), is_stored=False)
+            if job.is_stopping:
+                end_early(job, closed)
+            else:
+                job.fail(closed, is_stored=False)
         self._set_state("closed")
 
     def _pause(self, seconds: float) -> None:
@@ -150,7 +154,7 @@ class Replica:
         finally:
             is_clean = error is None and not waiting_for
             group.close(CLOSE_GRACE_S if is_clean else 0.0)
-        if error is not None:
+        if error is not None and not self._desk.is_closing:  # else they count as cut off, whoever was ended first
             for job in self._let_go():
                 if not self._desk.put_back(job, error):
                     end_early(job, error)
@@ -247,6 +251,10 @@ class Replica:
                         self._decoding[job.id] = job
             case VideoClosed():
                 job.keep_latents(message.latents)
+                if message.is_cancelled and message.num_frames < sum(block.num_frames for block in job.view().blocks):
+                    # It was resumed, and stopped before it had come by all blocks of the run before.
+                    path, num_frames = join_finished(job)
+                    message = dataclasses.replace(message, path=path, num_frames=num_frames)
                 job.emit(_final_event(job, message))
                 self._drop(job)
             case JobError():

@@ -36,6 +36,7 @@ class RunsItems(Protocol):
     def prediction_shape(self, item: Item) -> tuple[int, int, int, int, int]: ...
     def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None: ...
     def tails(self) -> Tails: ...
+    def tail_bytes(self) -> int: ...
     def restore_tails(self, tails: Tails) -> None: ...
 
 
@@ -80,6 +81,9 @@ def run_stage(
             batch, tokens, dim = stage.hidden_shape(items[place])
             incoming.post(batch * tokens * dim + 1, stage.dtype)
 
+    # The next receive runs beside the work; not on a GPU, where NCCL's waits in a kernel, and CUDA may load a kernel of ours
+    # only when the card is idle: rank 0 would wait for our prediction, and we for its message.
+    is_early = not incoming.holds_up_the_device
     post(0)
     for place, item in enumerate(items):
         message = incoming.take()
@@ -88,7 +92,8 @@ def run_stage(
             if not stage.is_last:
                 outgoing.send(message)
             break
-        post(place + 1)
+        if is_early:
+            post(place + 1)
         with spans.working(item):
             out = stage.run(item, hidden)
         if signal == SAVE:
@@ -96,6 +101,8 @@ def run_stage(
         if out is not None:
             outgoing.send(pack(out, signal))
         incoming.give_back(message)  # `stage.run` keeps nothing of what came in
+        if not is_early:
+            post(place + 1)
     outgoing.flush()
     spans.flush()
 

@@ -19,7 +19,7 @@ import queue
 import shutil
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from dualparal.errors import OutputError
 from dualparal.model.stage import Tails
-from dualparal.runtime.kept_caches import MAX_BYTES, cache_bytes, drop_older, is_complete, write_caches
+from dualparal.runtime.kept_caches import MAX_BYTES, drop_older, is_complete, write_caches
 from dualparal.runtime.tensor_files import write_tensors
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,17 @@ class SweepState:
     heads: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     sweep: int = 0
     caches: Tails = field(default_factory=dict)
+
+    def on_host(self) -> SweepState:
+        """The same in host memory. What is there already is not copied: nothing of it is ever written in place."""
+        return replace(
+            self,
+            latents={block: x.cpu() for block, x in self.latents.items()},
+            samplers={block: {name: x.cpu() for name, x in named.items()} for block, named in self.samplers.items()},
+            tails={key: x.cpu() for key, x in self.tails.items()},
+            heads={key: x.cpu() for key, x in self.heads.items()},
+            caches={key: {n: (k.cpu(), v.cpu()) for n, (k, v) in held.items()} for key, held in self.caches.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,8 @@ class StateWriter:
         self.seconds = 0.0  # spent saving
         try:
             folder.mkdir(exist_ok=True)  # before other ranks look for it
+            for partial in folder.glob(".*.part"):  # of a run that was killed; nobody writes yet
+                partial.unlink(missing_ok=True)
         except OSError as error:
             self._fail(error)
         self._thread = threading.Thread(target=self._run, name="state writer", daemon=True)
@@ -91,15 +104,15 @@ class StateWriter:
         """Whether the stages' K/V are saved too."""
         return self._share is not None
 
-    def wants_sweep(self, caches: Tails | None = None) -> bool:
-        """Whether a sweep may be saved now; `caches` are the K/V that stage 0 holds, where they belong to it."""
+    def wants_sweep(self, cache_bytes: int = 0) -> bool:
+        """Whether a sweep may be saved now; `cache_bytes` of the K/V that stage 0 holds, where they belong to it."""
         if self._is_busy or self._has_failed or time.monotonic() < self._next_s:
             return False
         if self._share is None:
             return True
         if self._sweep is not None and not is_complete(self._folder, self._sweep, self._share.num_layers):
             return False  # another rank still writes, or cannot
-        return self._has_room(cache_bytes(caches or {}) * self._share.num_layers // len(self._share.layers))
+        return self._has_room(cache_bytes * self._share.num_layers // len(self._share.layers))
 
     def _has_room(self, num_bytes: int) -> bool:
         """Whether all stages' K/V may be saved: two borders are on disk for a while, and videos come first."""
@@ -110,15 +123,20 @@ class StateWriter:
                 "on is run again from its last border, or from its start", num_bytes / 1e9, MAX_BYTES / 1e9,
             )  # fmt: skip
             return False
-        return shutil.disk_usage(self._folder.parent).free > 4 * num_bytes
+        try:
+            return shutil.disk_usage(self._folder.parent).free > 4 * num_bytes
+        except OSError as error:  # the job's folder was deleted
+            self._fail(error)
+            return False
 
     def save_block(self, block: int, latents: torch.Tensor) -> None:
         """A finished block; in order with the sweeps, so that no sweep on disk lacks a block finished before it."""
-        self._work.put(("block", block, latents))
+        self._work.put(("block", block, latents.cpu()))
 
     def save_sweep(self, state: SweepState) -> None:
+        """A border. On a GPU it is copied at once: the thread would wait for the block steps given to the device since."""
         self._is_busy = True
-        self._work.put(("sweep", 0, state))
+        self._work.put(("sweep", 0, state.on_host()))
 
     def close(self) -> None:
         """Write what is left and end the thread."""

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dualparal.core.rules import plan_of
-from dualparal.errors import OutputError
+from dualparal.errors import OutputError, RequestError
 from dualparal.request import GenerationRequest, frames_of_latents
-from dualparal.runtime.claim import is_claimed
+from dualparal.runtime.claim import delete_job, is_claimed
 from dualparal.runtime.journal import JobFolder, list_jobs
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,14 @@ class Storage:
         self._lock = threading.Lock()
         self._sizes: dict[str, tuple[int, int]] = {}  # of ended jobs: they change only when their journal grows
 
-    def check_free(self, request: GenerationRequest, job_id: str = "") -> None:
-        """Raise `OutputError` with the numbers when the disk has no room for what is still to be written of `request`."""
+    def check_free(self, request: GenerationRequest, job_id: str = "", *, after_deleting: int = 0) -> None:
+        """Raise `OutputError` with the numbers when the disk has no room for what is still to be written of `request`, even
+        with so many bytes more."""
         there = next((folder for folder in (self._outputs, *self._outputs.parents) if folder.is_dir()), None)
         if there is None:
             return
         needed, free = self._still_to_write(request, job_id), shutil.disk_usage(there).free
-        if free < needed:
+        if free + after_deleting < needed:
             raise OutputError(
                 f"{self._outputs} has {_mb(free)} free and this video may need {_mb(needed)}; delete old videos or name "
                 "another folder with DUALPARAL_OUTPUTS"
@@ -114,14 +115,16 @@ class Storage:
         promised = sum(still_to_write(name, one) for name, one in open_jobs.items() if name != job_id)
         surplus = sum(sizes.values()) + promised + needed - limit
         ended = [folder for folder in reversed(folders) if folder.job_id not in (job_id, *open_jobs) and _may_go(folder)]
+        if surplus > 0:
+            self.check_free(request, job_id, after_deleting=sum(sizes[folder.job_id] for folder in ended))
         deleted: list[str] = []
         if surplus <= sum(sizes[folder.job_id] for folder in ended):  # else nobody shall lose a video for nothing
             for folder in ended:
                 if surplus <= 0:
                     break
                 try:
-                    folder.delete()
-                except OutputError as error:
+                    delete_job(folder)
+                except (OutputError, RequestError) as error:  # or resumed meanwhile
                     log.warning("%s", error)
                     continue
                 surplus -= sizes[folder.job_id]
@@ -145,13 +148,20 @@ class Storage:
         if known is not None and known[0] == journal:
             return known[1]
         size = folder_bytes(folder.path)
-        if folder.final_event() is not None:
+        if _has_ended(folder):
             self._sizes[folder.job_id] = journal, size
         return size
 
 
 def _may_go(folder: JobFolder) -> bool:
-    return folder.final_event() is not None and not is_claimed(folder)
+    return _has_ended(folder) and not is_claimed(folder)
+
+
+def _has_ended(folder: JobFolder) -> bool:
+    try:
+        return folder.final_event() is not None
+    except OutputError:  # its journal cannot be read
+        return False
 
 
 def folder_bytes(folder: Path) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from dualparal.files import replace_durably
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -16,8 +17,6 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     try:
         # One tensor may be held under two names; safetensors wants each to have memory of its own.
         save_file({key: x.detach().cpu().clone().contiguous() for key, x in tensors.items()}, partial, metadata)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
+        replace_durably(partial, file)
     finally:
         partial.unlink(missing_ok=True)

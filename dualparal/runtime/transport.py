@@ -1,10 +1,10 @@
 """How ranks talk: a ring of directed edges for activations, and a control group for job announcements.
 
 Rank r sends to r + 1, the last rank sends predictions back to rank 0. A rank posts the receive of its next item before it
-computes the present one; sends are asynchronous and their handles and tensors are kept until done (gloo loses the message
-otherwise). Only then are they written again: a job's messages have few sizes, so that its loop allocates none. Each message
-ends with one element, its signal, so that Stop travels with the block step it ends, and a save with the last block step of its
-sweep.
+computes the present one (with NCCL after it, see `stage_worker`); sends are asynchronous and their handles and tensors are kept
+until done (gloo loses the message otherwise). Only then are they written again: a job's messages have few sizes, so that its
+loop allocates none. Each message ends with one element, its signal, so that Stop travels with the block step it ends, and a
+save with the last block step of its sweep.
 
 Nothing here is polled and nothing depends on who comes first: order is the schedule's.
 """
@@ -31,7 +31,10 @@ IDLE_TIMEOUT = datetime.timedelta(days=3650)  # an idle server must never trip a
 
 
 class Edge(Protocol):
-    """One directed connection of the ring, seen from one end."""
+    """One directed connection of the ring, seen from one end. `holds_up_the_device`: a posted receive waits on the device, so
+    that work given to it later may not begin before the message has come."""
+
+    holds_up_the_device: bool
 
     def send(self, message: torch.Tensor) -> None:
         """Start sending `message` (flat). It is the edge's from now on: the caller must neither change nor keep it."""
@@ -100,6 +103,7 @@ class DistributedEdge:
 
     def __init__(self, peer: int, group: Any, device: torch.device, timeout_s: float) -> None:
         self._peer, self._group, self._device = peer, group, device
+        self.holds_up_the_device = device.type == "cuda"
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._sent: deque[tuple[Any, torch.Tensor]] = deque()
         self._posted: deque[tuple[Any, torch.Tensor]] = deque()
@@ -153,6 +157,8 @@ class DistributedLinks:
         self.outgoing: Edge | None = None
         self._control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if backend == "nccl":  # it counts from the post, and rank 0 posts that many receives ahead
+            timeout_s *= 2 * ranks + 1
         timeout = datetime.timedelta(seconds=timeout_s)
         for source in range(ranks):
             target = (source + 1) % ranks

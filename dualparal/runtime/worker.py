@@ -50,7 +50,9 @@ class Uplink:
 
 def run_worker(name: str, connection: Connection, options: WorkerOptions, serve: Callable[[Uplink], None]) -> None:
     """Run `serve` as the body of this process. Never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a service manager's SIGTERM reach every process of the group; the front end ends the workers in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     set_up_logs(options.verbose, options.log_json, worker=name)
     uplink = Uplink(name, connection)
@@ -131,12 +133,12 @@ def resident_bytes() -> int | None:
 
 
 def _device_bytes() -> int | None:
-    """What torch has reserved on this process's GPU; None without one. Starts no CUDA by itself."""
+    """What torch has reserved on GPUs, whichever is this process's; None without one. Starts no CUDA by itself."""
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)
     if cuda is None or not hasattr(cuda, "is_initialized") or not cuda.is_initialized():
         return None
-    return int(cuda.memory_reserved())
+    return sum(int(cuda.memory_reserved(device)) for device in range(cuda.device_count()))
 
 
 def _leave(code: int) -> None:

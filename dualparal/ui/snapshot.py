@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualparal.errors import DualParalError
-from dualparal.events import FINAL, BlockReady, Cancelled, Event, Failed, Finished, Progress, Started
+from dualparal.events import BlockReady, Cancelled, Event, Failed, Finished, Progress, Started
 from dualparal.request import GenerationRequest
 from dualparal.runtime.journal import JobFolder
 
@@ -40,6 +40,7 @@ class Snapshot:
     state: str
     folder: JobFolder
     position: int = 0
+    waits_for: str = ""
     started: Started | None = None
     progress: Progress | None = None
     blocks: tuple[BlockReady, ...] = ()
@@ -85,6 +86,7 @@ def of_job(job: Job) -> Snapshot:
         spans = read_timeline(job.folder)
     return Snapshot(
         job_id=job.id, request=job.request, owner=job.owner, state=view.state, folder=job.folder, position=view.position or 0,
+        waits_for=view.waits_for,
         started=view.started, progress=view.progress, blocks=view.blocks, final=view.final, spans=spans,
     )  # fmt: skip
 
@@ -93,7 +95,7 @@ def of_folder(folder: JobFolder) -> Snapshot:
     """A job of an earlier run, from its files. Raises `DualParalError` when `request.json` is not readable."""
     record = folder.record()
     events = folder.events()
-    final = next((event for event in reversed(events) if isinstance(event, FINAL)), None)
+    final = folder.final_event()
     blocks = {event.block: event for event in events if isinstance(event, BlockReady)}  # a resumed job may repeat one
     try:
         request = GenerationRequest(**record["request"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dualparal.errors import DualParalError, RequestError
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest
+from dualparal.runtime.claim import delete_job
 from dualparal.runtime.journal import JobFolder, check_job_id, find_job, list_jobs
 from dualparal.ui import owners, snapshot
 from dualparal.ui.estimate import Estimate, Estimator
@@ -124,7 +125,9 @@ class Studio:
         found = self.find(job_id, owner)
         if not found.is_ended:
             raise RequestError(f"job {found.job_id} is {found.state}; stop it before deleting it", "job_id")
-        found.folder.delete()
+        if (job := self.engine.job(found.job_id)) is not None:
+            job.release()  # a full disk has not taken its end: deleting it may be what makes room
+        delete_job(found.folder)
 
     def active(self, owner: str) -> list[Snapshot]:
         """The owner's queued and running jobs, in the order they will run."""

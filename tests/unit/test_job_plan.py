@@ -351,7 +351,7 @@ def test_memory_of_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--preset", "wan2.1-14b-720p", "--gpus", "4", "--gpu-memory", "24", "--flops", "200"]) == 1
+    assert main(["plan", "--preset", "wan2.1-14b-720p", "--gpus", "4", "--gpu-memory", "25", "--flops", "200"]) == 1
     out = capsys.readouterr().out
     assert "It does not fit: rank 3 needs" in out and "the text encoder waits in host memory" in out
     for words in (

@@ -46,6 +46,16 @@ def test_delayed_messages(tiny: Path, on_one_rank: dict[int, torch.Tensor], rank
     assert same_bits(found, on_one_rank)
 
 
+@pytest.mark.parametrize("stop_after", [None, 0, 3, 11])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_receives_posted_after_the_work(
+    tiny: Path, on_one_rank: dict[int, torch.Tensor], ranks: int, stop_after: int | None
+) -> None:
+    """As over NCCL, whose receives wait on the device."""
+    found = denoise_in_threads(tiny, texts=some_texts(), ranks=ranks, delay_seed=1, is_nccl=True, stop_after=stop_after, **CASE)
+    assert same_bits(found, on_one_rank) if stop_after is None else set(found) < set(on_one_rank)
+
+
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("num_cat", [0, 1, 3])
 @pytest.mark.parametrize("latents_num", [1, 3, 8])
