@@ -90,6 +90,8 @@ class FakeJob:
             self.folder.append(event)
             self._changed.notify_all()
 
+    def release(self) -> None: ...
+
     def place(self, position: int) -> None:
         self._view = replace(self._view, position=position)
 
