@@ -73,7 +73,7 @@ def known_flags() -> set[str]:
     }
     for script in (*(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "dualparal").rglob("*.py")):
         flags |= set(re.findall(r'"(--[a-z_-]+)"', script.read_text(encoding="utf-8")))
-    return flags | {"--" + flag[2:].replace("_", "-") for flag in flags}
+    return flags | {"--" + flag[2:].replace("_", "-") for flag in flags} | {"--dist"}  # pytest-xdist's
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
