@@ -178,6 +178,7 @@ def test_bytes_are_those_of_the_plan(name: str, tiny: Path) -> None:
         stage.run(item, torch.randn(1, stage.channels, sum(schedule.window_frames(item)), 4, 4))
         assert all(isinstance(tail, HostCache) for tail in stage._tails.values())
         waiting = [x for by_layer in stage.tails().values() for pair in by_layer.values() for x in pair]
+        assert stage.tail_bytes() == sum(x.nbytes for x in waiting)
         here = [x for by_layer in stage._heads.values() for pair in by_layer.values() for x in pair]
         most_host, most_here = max(most_host, sum(x.nbytes for x in waiting)), max(most_here, sum(x.nbytes for x in here))
     plain, found = (

@@ -158,6 +158,29 @@ def test_the_border_before_stays_until_all_ranks_have_written_the_new_one(tmp_pa
     assert newest() == 5
 
 
+@pytest.mark.parametrize("is_cache_offloaded", [False, True])
+def test_caches_are_gathered_only_for_a_border_that_is_saved(
+    is_cache_offloaded: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bringing gigabytes together at every border to throw them away would cost more than the work."""
+    asked: list[int] = []
+
+    class Refuses(KeepsAll):
+        def wants_sweep(self, cache_bytes: int) -> bool:
+            asked.append(cache_bytes)
+            return False
+
+    def tails(stage: Stage) -> Tails:
+        raise AssertionError("nobody wanted them")
+
+    monkeypatch.setattr(Stage, "tails", tails)
+    denoise_in_threads(
+        tiny, latents_num=9, num_per_block=3, num_cat=2, steps=4, texts=texts(), rules=CACHED["paper"], ranks=2,
+        saver=Refuses(keeps_caches=True), is_cache_offloaded=is_cache_offloaded,
+    )  # fmt: skip
+    assert len(asked) > 3 and max(asked) > 0
+
+
 def test_no_border_is_saved_while_another_rank_lacks_the_one_before_or_caches_are_too_large(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models import attention_dispatch
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
 from dualparal import Engine
@@ -32,6 +32,15 @@ def test_native_is_the_default(tiny: Path) -> None:
     assert torch.equal(joined(plain), joined(named))
     math = denoise_in_threads(tiny, texts=some_texts(), ranks=2, attention="_native_math", **CASE)
     assert 0 < (joined(plain) - joined(math)).abs().max() <= 1e-4, "another kernel, nearly the same numbers"
+
+
+def test_a_backend_is_one_models_own_business(tiny: Path) -> None:
+    """diffusers also makes it the process's default, which whoever asked for none would get."""
+    one, other = (Stage(Checkpoint(tiny), range(4), dtype="float32", device="cpu").models[0] for _ in range(2))
+    use_attention(one, "_native_math", torch.device("cpu"))
+    assert one.blocks[0].attn1.processor._attention_backend == "_native_math"
+    assert other.blocks[0].attn1.processor._attention_backend is None
+    assert _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
 
 
 @pytest.mark.parametrize(
