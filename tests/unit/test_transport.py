@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dualparal.core import estimate
 from dualparal.runtime import transport
 from dualparal.runtime.transport import GO, MAX_SPARE, MAX_UNSENT, Buffers, DistributedEdge, pack, unpack
 
@@ -48,6 +49,12 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> LateWire:
     monkeypatch.setattr(transport, "dist", found)
     monkeypatch.setattr(transport, "_buffers", Buffers())
     return found
+
+
+def test_a_gpus_receive_waits_on_the_device() -> None:
+    """`stage_worker` must know: it posts such a receive after its work."""
+    assert DistributedEdge(1, None, torch.device("cuda"), 60).holds_up_the_device
+    assert not edge().holds_up_the_device
 
 
 def edge() -> DistributedEdge:
@@ -95,6 +102,22 @@ def test_receivers_of_one_size_need_two_buffers(wire: LateWire) -> None:
         into.post(9, torch.float32)
         into.give_back(message)
     assert len(wire.buffers) == 2
+
+
+def test_the_memory_plan_counts_these_buffers(wire: LateWire) -> None:
+    """Of hidden states: in a stage between two others, in the last one, and on rank 0."""
+    into, out = edge(), edge()
+    into.post(9, torch.float32)
+    for _ in range(50):
+        message = into.take()
+        into.post(9, torch.float32)
+        out.send(pack(unpack(message, (8,))[0]))
+        into.give_back(message)
+    middle, only_sends, only_receives = len(wire.buffers), MAX_UNSENT + 1, 2
+    assert middle <= estimate._messages(1, 3) == 5
+    assert only_sends <= estimate._messages(0, 2) == 3
+    assert only_receives <= estimate._messages(2, 3) == 3
+    assert estimate._messages(0, 1) == 1, "nothing is sent"
 
 
 def test_what_is_not_given_back_stays(wire: LateWire) -> None:
