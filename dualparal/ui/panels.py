@@ -62,7 +62,7 @@ def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
         if studio.engine.state in ("starting", "restarting"):
             return "Waiting", "the model is loading" if studio.engine.state == "starting" else "the engine is restarting"
         if found.waits_for:
-            return "Waiting", found.waits_for
+            return "Waiting", f"{found.waits_for}; it starts by itself once there is room"
         ahead = "next in line" if found.position == 0 else f"{found.position} ahead of you"
         wait_s = studio.starts_in_s(found.job_id)
         return "Waiting", ahead + (f", starts in about {duration(wait_s)}" if wait_s else "")

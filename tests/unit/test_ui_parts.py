@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -276,6 +277,13 @@ def test_the_queue_names_only_ones_own(tmp_path: Path) -> None:
         assert "private wish" not in seen and mine.job_id not in seen and "Someone else" in seen
         studio.submit(GenerationRequest(prompt="another"), owner="you")
         assert "place 2" in panels.queue(studio, "you")
+
+
+def test_a_job_that_waits_for_room_says_so(studio: Studio) -> None:
+    waiting = dataclasses.replace(made(studio), state="queued", final=None, started=None, position=0)
+    assert panels.headline(waiting, studio)[1].startswith("next in line")
+    short = dataclasses.replace(waiting, waits_for="the disk has 0 MB free")
+    assert panels.headline(short, studio) == ("Waiting", "the disk has 0 MB free; it starts by itself once there is room")
 
 
 def test_strip_is_as_wide_as_the_video_and_honest_about_its_blocks(studio: Studio) -> None:
