@@ -28,6 +28,7 @@ from dualparal.media.writer import VideoWriter
 from dualparal.model.checkpoint import DTYPES
 from dualparal.model.vae import StreamingDecoder, to_uint8
 from dualparal.request import GenerationRequest, frames_of_latents
+from dualparal.runtime.devices import use_pci_order
 from dualparal.runtime.journal import JobFolder
 from dualparal.runtime.worker import describe_error, quiet_libraries
 
@@ -161,6 +162,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     quiet_libraries()
+    use_pci_order()
     folder = _Telling(options.folder) if options.tell else JobFolder(options.folder)
     if options.with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()

@@ -74,6 +74,12 @@ def bytes_per_device(device: str) -> int | None:
     return min(chosen or sizes, default=None)
 
 
+def use_pci_order() -> None:
+    """Let CUDA number cards as `nvidia-smi` does, whose memory is planned with, not the fastest first. Before CUDA starts, in
+    every process that uses a card."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
 def _host_bytes() -> int:
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):

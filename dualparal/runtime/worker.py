@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dualparal.errors import DualParalError
+from dualparal.runtime.devices import use_pci_order
 from dualparal.runtime.logs import set_up_logs
 from dualparal.runtime.messages import Beat, WorkerError, WorkerOptions
 
@@ -55,6 +56,7 @@ def run_worker(name: str, connection: Connection, options: WorkerOptions, serve:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     set_up_logs(options.verbose, options.log_json, worker=name)
+    use_pci_order()
     uplink = Uplink(name, connection)
     threading.Thread(target=_watch_front_end, daemon=True, name="watch").start()
     threading.Thread(target=_beat, args=(uplink,), daemon=True, name="beat").start()

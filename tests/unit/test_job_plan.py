@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,15 @@ def test_memory_of_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert devices.bytes_per_device("cuda") == 81559 * 2**20
     program.write_text("#!/bin/sh\nexit 9\n")
     assert devices.bytes_per_device("cuda") is None
+
+
+def test_cards_are_numbered_as_their_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    devices.use_pci_order()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    devices.use_pci_order()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST", "whoever set it knows why"
 
 
 # The command
