@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from dualparal.core.estimate import format_plan, gigabytes
-from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, fastest_layers, plan_job, settle_text_encoder
+from dualparal.core.job_plan import JobPlan, fastest_layers, plan_job, settle_text_encoder
+from dualparal.core.placement import ModelSizes, Placement, Speed
 from dualparal.core.proposals import Proposal, changes_in_words, propose
 from dualparal.core.rules import settle_rules
 from dualparal.core.schedule import Schedule

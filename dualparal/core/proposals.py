@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from dualparal.core.estimate import gigabytes
-from dualparal.core.job_plan import JobPlan, ModelSizes, Placement, Speed, balanced, moved, plan_job
+from dualparal.core.job_plan import JobPlan, balanced, moved, plan_job
+from dualparal.core.placement import ModelSizes, Placement, Speed
 from dualparal.request import TEMPORAL_FACTOR, GenerationRequest
 
 # num_per_block, num_cat: from the least to the greatest change.

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-from dualparal.core.job_plan import Speed
+from dualparal.core.placement import Speed
 from dualparal.core.sampler import SamplerFactory
 from dualparal.core.sizes import DiTSizes
 from dualparal.core.work import layer_flops

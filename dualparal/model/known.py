@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from dualparal.core.job_plan import ModelSizes
+from dualparal.core.placement import ModelSizes
 from dualparal.errors import CheckpointError
 from dualparal.model.layout import Checkpoint
 from dualparal.model.source import find_model

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualparal.core.estimate import gigabytes
-from dualparal.core.job_plan import JobPlan, ModelSizes, plan_job
+from dualparal.core.job_plan import JobPlan, plan_job
+from dualparal.core.placement import ModelSizes
 from dualparal.errors import EngineError, RequestError, WorkerDied, WorkerFailed
 from dualparal.events import Cancelled, Event, event_from_json
 from dualparal.request import GenerationRequest

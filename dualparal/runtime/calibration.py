@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from dualparal.core.job_plan import Speed
+from dualparal.core.placement import Speed
 from dualparal.errors import OutputError
 from dualparal.runtime.journal import write_atomically
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dualparal.core.job_plan import JobPlan, Placement, Speed, fastest_layers, plan_job, settle_text_encoder
+from dualparal.core.job_plan import JobPlan, fastest_layers, plan_job, settle_text_encoder
+from dualparal.core.placement import Placement, Speed
 from dualparal.core.proposals import first_proposal
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes

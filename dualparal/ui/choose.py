@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualparal.core.estimate import gigabytes
-from dualparal.core.job_plan import ModelSizes, Placement, plan_job, settle_text_encoder
+from dualparal.core.job_plan import plan_job, settle_text_encoder
+from dualparal.core.placement import ModelSizes, Placement
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.model.layout import split_layers

@@ -30,7 +30,8 @@ from dualparal.core.estimate import (
     most_cached_frames,
     workload_of,
 )
-from dualparal.core.job_plan import ModelSizes, Placement, plan_job, settle_text_encoder
+from dualparal.core.job_plan import plan_job, settle_text_encoder
+from dualparal.core.placement import ModelSizes, Placement
 from dualparal.core.plan import BlockPlan
 from dualparal.core.rules import settle_rules
 from dualparal.core.schedule import Rules, make_schedule

@@ -14,16 +14,8 @@ from diffusers import AutoencoderKLWan
 
 from dualparal import Engine, GenerationRequest
 from dualparal.cli import main
-from dualparal.core.job_plan import (
-    JobPlan,
-    ModelSizes,
-    Placement,
-    Speed,
-    balanced_layers,
-    experts_by_step,
-    plan_job,
-    settle_text_encoder,
-)
+from dualparal.core.job_plan import JobPlan, balanced_layers, experts_by_step, plan_job, settle_text_encoder
+from dualparal.core.placement import ModelSizes, Placement, Speed
 from dualparal.core.proposals import BLOCKS, changes_in_words, first_proposal, propose
 from dualparal.core.rules import settle_rules
 from dualparal.core.sampler import SamplerFactory

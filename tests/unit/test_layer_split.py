@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from dualparal import Engine, GenerationRequest, cli
 from dualparal.cli import main
-from dualparal.core.job_plan import ModelSizes, Placement, Speed, fastest_layers, plan_job
+from dualparal.core.job_plan import fastest_layers, plan_job
 from dualparal.core.layer_split import StepTimes, fastest_split
+from dualparal.core.placement import ModelSizes, Placement, Speed
 from dualparal.core.rules import settle_rules
 from dualparal.core.sizes import DiTSizes
 from dualparal.errors import RequestError

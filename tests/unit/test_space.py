@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dualparal.core.job_plan import ModelSizes
+from dualparal.core.placement import ModelSizes
 from dualparal.presets import load_presets
 from dualparal.ui import serve
 from dualparal.ui.choose import Setup, choose_setup, download_bytes
