@@ -92,9 +92,10 @@ class Chaos:
             if not ready:
                 continue
             name, about = self.random.choice(sorted(self.random.choice(ready).workers.items()))
+            number = self.random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             try:
-                os.kill(about["pid"], self.random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
-                self.counts[f"killed: {name}"] += 1
+                os.kill(about["pid"], number)
+                self.counts[f"killed: {name}" if number == signal.SIGKILL else "SIGTERM to a worker, which it ignores"] += 1
             except ProcessLookupError:
                 continue
 
