@@ -27,7 +27,7 @@ from dualparal.core.placement import ModelSizes
 from dualparal.errors import EngineError, RequestError, WorkerDied, WorkerFailed
 from dualparal.events import Cancelled, Event, event_from_json
 from dualparal.request import GenerationRequest
-from dualparal.runtime.claim import claim
+from dualparal.runtime.claim import claim, create_job
 from dualparal.runtime.job import Job
 from dualparal.runtime.journal import JobFolder
 from dualparal.runtime.messages import RunJob
@@ -54,7 +54,7 @@ def make_baseline_folder(engine: Engine, request: GenerationRequest, job_id: str
     """The folder of a resolved request that plain Wan is to make with the model and dtypes of `engine`."""
     changes = engine.changes()
     check_plain(changes)
-    return JobFolder.create(
+    return create_job(
         engine.outputs, job_id, request, model=str(engine.checkpoint.folder), preset=engine.preset.name, ranks=1,
         dtype=engine.dtype, threads=engine.threads, baseline="wan", **changes, **about,
     )  # fmt: skip

@@ -5,12 +5,16 @@ So two programs on one outputs folder never run the same job, and anybody can te
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import time
+from pathlib import Path
+from typing import Any
 
 from dualparal.errors import RequestError
+from dualparal.request import GenerationRequest
 from dualparal.runtime.journal import JobFolder
 
 log = logging.getLogger(__name__)
@@ -31,8 +35,33 @@ class Claim:
             os.close(descriptor)
 
 
+_made_here: dict[Path, Claim] = {}  # jobs of `create_job` that nobody has claimed yet
+
+
+def create_job(outputs: Path, job_id: str, request: GenerationRequest, **about: Any) -> JobFolder:
+    """`JobFolder.create` for a job that this process will `claim`: no other program can take it before, not even one that
+    starts at this moment."""
+    held: list[int] = []
+
+    def hold(partial: Path) -> None:
+        held.append(os.open(partial, os.O_RDONLY | os.O_CLOEXEC))
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    try:
+        folder = JobFolder.create(outputs, job_id, request, before_naming=hold, **about)
+    except BaseException:
+        for descriptor in held:
+            os.close(descriptor)
+        raise
+    _made_here[folder.path] = Claim(held[0])
+    return folder
+
+
 def claim(folder: JobFolder) -> Claim:
     """Take the job; raises `RequestError` when another program (or engine) works on it."""
+    if (mine := _made_here.pop(folder.path, None)) is not None:
+        return mine
     for left in reversed(range(NUM_TRIES)):
         descriptor = _open(folder)
         try:

@@ -20,7 +20,7 @@ from dualparal.errors import DualParalError, EngineError, RequestError
 from dualparal.presets import Preset
 from dualparal.request import GenerationRequest
 from dualparal.runtime.baseline_lane import CHANGES_OF_LAYERS, BaselineLane, check_fits, check_plain, make_baseline_folder
-from dualparal.runtime.claim import claim
+from dualparal.runtime.claim import claim, create_job
 from dualparal.runtime.dispatcher import Dispatcher
 from dualparal.runtime.engine_options import (
     changes_of,
@@ -271,7 +271,7 @@ class Engine:
         self._check_open()
         with self._intake.taking(resolved, owner, job_id), self.desk.changed:
             self._check_open()
-            folder = JobFolder.create(
+            folder = create_job(
                 self.outputs, job_id, resolved, preset=self.preset.name, owner=owner, ranks=self.ranks, layers=self.layers,
                 text_encoder=self.text_encoder, export_images=export_images, has_tensors=has_tensors, **self._gear.made_with(),
             )  # fmt: skip

@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,13 @@ def outputs_folder(named: str | Path | None = None) -> Path:
     return Path(named or os.environ.get("DUALPARAL_OUTPUTS") or "outputs").expanduser().absolute()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, before_naming: Callable[[Path], None] = lambda partial: None) -> None:
     """Write `text` under a temporary name beside `path`, then rename, so that `path` is never half-written, not by a power
-    cut either. Raises OSError."""
+    cut either. `before_naming` is given the written file before it has its name. Raises OSError."""
     partial = path.with_name(f".{path.name}.part")
     try:
         partial.write_text(text, encoding="utf-8")
+        before_naming(partial)
         replace_durably(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -82,15 +83,19 @@ class JobFolder:
         return self.path / "video.mp4"
 
     @classmethod
-    def create(cls, outputs: Path, job_id: str, request: GenerationRequest, **about: Any) -> JobFolder:
-        """Make the folder and write `request.json` (`about` goes beside the request). Raises `OutputError`."""
+    def create(
+        cls, outputs: Path, job_id: str, request: GenerationRequest,
+        *, before_naming: Callable[[Path], None] = lambda partial: None, **about: Any,
+    ) -> JobFolder:  # fmt: skip
+        """Make the folder and write `request.json` (`about` goes beside the request), which makes it a job for whoever looks;
+        `before_naming` is given that file before. Raises `OutputError`."""
         folder = cls(outputs / check_job_id(job_id))
         record = {"job_id": job_id, "created_s": time.time(), **about, "request": request.model_dump(exclude_none=True)}
         text = json.dumps(record, ensure_ascii=False, indent=1)
         try:
             folder.path.mkdir(parents=True, exist_ok=False)
             try:
-                write_atomically(folder.path / "request.json", text)
+                write_atomically(folder.path / "request.json", text, before_naming)
             except OSError:
                 folder.path.rmdir()
                 raise

@@ -15,7 +15,7 @@ from dualparal.errors import EngineError, JobCancelled, QueueFull, WorkerDied, W
 from dualparal.events import Finished, Started
 from dualparal.runtime import baseline_lane, dispatcher
 from dualparal.runtime.baseline_lane import BaselineLane, make_baseline_folder
-from dualparal.runtime.claim import is_claimed
+from dualparal.runtime.claim import claim, is_claimed
 from dualparal.runtime.journal import JobFolder, new_job_id
 from dualparal.runtime.recovery import cut_off
 from dualparal.ui import panels, snapshot
@@ -141,6 +141,7 @@ def test_closed_while_it_runs(lane: BaselineLane, tiny: Path, tmp_path: Path) ->
 
 def test_what_was_cut_off_is_given_up(tiny: Path, tmp_path: Path) -> None:
     folder = make_folder(tiny, tmp_path)
+    claim(folder).release()  # the program that made it has ended
     assert list(cut_off(tmp_path)) == []
     final = folder.final_event()
     assert final is not None and "comparison" in getattr(final, "message", "")

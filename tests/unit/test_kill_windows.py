@@ -25,7 +25,7 @@ from dualparal.media.metadata import describe
 from dualparal.media.writer import VideoWriter, remove_partials
 from dualparal.model import text_cache
 from dualparal.runtime import journal, recovery, storage
-from dualparal.runtime.claim import claim, is_claimed
+from dualparal.runtime.claim import claim, create_job, is_claimed
 from dualparal.runtime.codec_worker import OpenedVideo
 from dualparal.runtime.engine import Engine
 from dualparal.runtime.job import Job
@@ -36,7 +36,8 @@ from dualparal.runtime.state import StateWriter
 from dualparal.ui import snapshot
 from dualparal.ui.studio import Studio
 from tests.fake_group import NUM_BLOCKS, Notebook
-from tests.unit.test_serving import SECONDS, Make, _left_behind, make, notes, until, wants  # noqa: F401
+from tests.unit.conftest import Make
+from tests.unit.test_serving import SECONDS, _left_behind, until, wants
 
 
 def started(folder: JobFolder) -> JobFolder:
@@ -57,7 +58,7 @@ def ended(engine: Engine, name: str = "abcdef", num_pictures: int = 0) -> JobFol
 # Deleting
 
 
-def test_a_deletion_that_is_killed_leaves_no_job(make: Make) -> None:  # noqa: F811
+def test_a_deletion_that_is_killed_leaves_no_job(make: Make) -> None:
     """A process that deletes is stopped again and again: whatever a kill would leave there is whole, or nobody's."""
     engine = make()
     names = [f"{number:06x}" for number in range(20)]
@@ -81,7 +82,7 @@ def test_a_deletion_that_is_killed_leaves_no_job(make: Make) -> None:  # noqa: F
     assert looks > 3 and not list(engine.outputs.iterdir())
 
 
-def test_the_rest_of_a_deletion_is_cleared_away(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_rest_of_a_deletion_is_cleared_away(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
     folder = ended(engine)
     with monkeypatch.context() as patch:
@@ -91,7 +92,7 @@ def test_the_rest_of_a_deletion_is_cleared_away(make: Make, monkeypatch: pytest.
     assert engine.recover() == [] and not list(engine.outputs.iterdir())
 
 
-def test_nobody_deletes_what_another_program_runs(make: Make) -> None:  # noqa: F811
+def test_nobody_deletes_what_another_program_runs(make: Make) -> None:
     engine = make()
     folder = started(_left_behind(engine, "abcdef", owner="anna"))
     held, studio = claim(folder), Studio(engine)
@@ -102,7 +103,7 @@ def test_nobody_deletes_what_another_program_runs(make: Make) -> None:  # noqa: 
     assert not folder.path.exists()
 
 
-def test_the_quota_spares_what_is_resumed_meanwhile(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_quota_spares_what_is_resumed_meanwhile(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deleting takes seconds, and the next one on the list may go on by then."""
     engine = make()
     for name in ("aaaaaa", "bbbbbb"):
@@ -125,7 +126,7 @@ def test_the_quota_spares_what_is_resumed_meanwhile(make: Make, monkeypatch: pyt
     assert [folder.job_id for folder in list_jobs(engine.outputs)] == ["bbbbbb"]
 
 
-def test_the_quota_deletes_nothing_that_does_not_help(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_quota_deletes_nothing_that_does_not_help(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
     folder = ended(engine)
     (folder.path / "block_0000.ts").write_bytes(b"x" * 10**6)
@@ -137,10 +138,48 @@ def test_the_quota_deletes_nothing_that_does_not_help(make: Make, monkeypatch: p
     assert folder.path.is_dir()
 
 
+@pytest.mark.parametrize("deed", ["submit", "compare"])
+def test_a_program_that_starts_this_moment_takes_no_new_job(
+    deed: str,
+    make: Make,
+    notes: Notebook,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It looks as soon as the job has its name, before its maker could claim it."""
+    replace, found = os.replace, []
+    with make() as engine:
+
+        def and_look(partial: Path, path: Path) -> None:
+            replace(partial, path)
+            if path.name == "request.json":
+                found.append([one.job_id for one in recovery.cut_off(engine.outputs)])
+                found.append(JobFolder(path.parent).events())
+
+        monkeypatch.setattr(os, "replace", and_look)
+        job = engine.submit(wants("quick")) if deed == "submit" else engine.compare(wants("quick"))
+        assert found == [[], []]
+        assert is_claimed(job.folder)
+        job.cancel()
+        until(lambda: job.has_ended)
+        until(lambda: not is_claimed(job.folder))
+
+
+def test_a_job_that_could_not_be_made_holds_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    def full(partial: Path, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="No space left"):
+        create_job(tmp_path, "abcdef", wants("x"))
+    assert len(os.listdir("/proc/self/fd")) == before and not list(tmp_path.iterdir())
+
+
 # The end of a job
 
 
-def test_saved_sweeps_stay_while_the_end_is_not_written_down(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_saved_sweeps_stay_while_the_end_is_not_written_down(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     really, is_full = JobFolder.append, [True]
 
     def append(folder: JobFolder, event: Any) -> None:
@@ -159,7 +198,7 @@ def test_saved_sweeps_stay_while_the_end_is_not_written_down(make: Make, monkeyp
         until(lambda: not (job.folder.path / STATE_FOLDER).exists())
 
 
-def test_a_stop_that_comes_too_late_for_the_program_holds_after_it(make: Make, notes: Notebook) -> None:  # noqa: F811
+def test_a_stop_that_comes_too_late_for_the_program_holds_after_it(make: Make, notes: Notebook) -> None:
     engine = make(auto_resume=True).start()
     job = engine.submit(wants("slow"))
     until(lambda: len(job.view().blocks) == 2)
@@ -172,7 +211,7 @@ def test_a_stop_that_comes_too_late_for_the_program_holds_after_it(make: Make, n
     assert not job.folder.stop_wish.exists()
 
 
-def test_a_stop_holds_after_a_kill_of_everything(make: Make) -> None:  # noqa: F811
+def test_a_stop_holds_after_a_kill_of_everything(make: Make) -> None:
     engine = make()
     folder = started(_left_behind(engine, "abcdef"))
     folder.stop_wish.touch()
@@ -205,7 +244,7 @@ def decoded(folder: Path, num_blocks: int, *, is_resumed: bool) -> Any:
     return video.close(CloseVideo("abcdef", True, {}))
 
 
-def test_a_second_stop_keeps_what_the_first_had(make: Make, notes: Notebook) -> None:  # noqa: F811
+def test_a_second_stop_keeps_what_the_first_had(make: Make, notes: Notebook) -> None:
     """Resumed from an early sweep and stopped at once: every block that was ever finished is in the mp4."""
     with make() as engine:
         job = engine.submit(wants("slow"))
@@ -223,7 +262,7 @@ def test_a_second_stop_keeps_what_the_first_had(make: Make, notes: Notebook) -> 
     assert isinstance(second, Cancelled) and second.num_frames == 8
 
 
-def test_a_job_given_up_at_a_start_keeps_its_blocks(make: Make) -> None:  # noqa: F811
+def test_a_job_given_up_at_a_start_keeps_its_blocks(make: Make) -> None:
     engine = make()
     folder = started(_left_behind(engine, "abcdef", has_tensors=True))
     writer = VideoWriter(folder.path, width=32, height=32, fps=16)
@@ -241,7 +280,7 @@ def test_the_codec_joins_what_it_was_given(tmp_path: Path) -> None:
     assert decoded(tmp_path, 2, is_resumed=True).num_frames == 8
 
 
-def test_workers_that_end_while_the_engine_closes_cut_the_job_off(make: Make, notes: Notebook) -> None:  # noqa: F811
+def test_workers_that_end_while_the_engine_closes_cut_the_job_off(make: Make, notes: Notebook) -> None:
     """A service manager's SIGTERM may reach them first."""
     engine = make(auto_resume=True).start()
     job = engine.submit(wants("slow"))
@@ -253,7 +292,7 @@ def test_workers_that_end_while_the_engine_closes_cut_the_job_off(make: Make, no
     assert job.folder.final_event() is None and [one.id for one in make().recover()] == [job.id]
 
 
-def test_a_job_nobody_is_left_to_run_keeps_its_blocks(make: Make, notes: Notebook) -> None:  # noqa: F811
+def test_a_job_nobody_is_left_to_run_keeps_its_blocks(make: Make, notes: Notebook) -> None:
     with make(auto_resume=True) as engine:
         engine.submit(wants("before")).result(SECONDS)
         notes.start_errors = [WorkerError("rank 0", "CheckpointError", "gone")]
@@ -264,7 +303,7 @@ def test_a_job_nobody_is_left_to_run_keeps_its_blocks(make: Make, notes: Noteboo
         assert isinstance(final, Failed) and final.path and final.num_frames == 8
 
 
-def test_interruptions_count_from_the_last_end(make: Make) -> None:  # noqa: F811
+def test_interruptions_count_from_the_last_end(make: Make) -> None:
     engine = make()
     folder = _left_behind(engine, "abcdef")
     for _ in range(recovery.MAX_INTERRUPTIONS + 1):
@@ -279,7 +318,7 @@ def test_interruptions_count_from_the_last_end(make: Make) -> None:  # noqa: F81
 # A full disk
 
 
-def test_one_full_moment_fails_nobody(make: Make, notes: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_one_full_moment_fails_nobody(make: Make, notes: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
     with make() as engine:
         slow = engine.submit(wants("slow"))
         until(lambda: slow.state == "running")
@@ -296,7 +335,7 @@ def test_one_full_moment_fails_nobody(make: Make, notes: Notebook, monkeypatch: 
             job.result(60)
 
 
-def test_a_restart_on_a_full_disk_fails_nobody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_restart_on_a_full_disk_fails_nobody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
     folders = [started(_left_behind(engine, f"aaaaa{number}")) for number in range(3)]
     usage = shutil.disk_usage(engine.outputs)
@@ -351,7 +390,7 @@ def test_a_torn_segment_is_made_again(tmp_path: Path) -> None:
         assert writer.finish("{}") is not None
 
 
-def test_a_finished_job_with_a_torn_video_may_go_on(make: Make) -> None:  # noqa: F811
+def test_a_finished_job_with_a_torn_video_may_go_on(make: Make) -> None:
     with make() as engine:
         job = engine.submit(wants("quick"))
         job.result(SECONDS)
@@ -379,7 +418,7 @@ def test_replacing_needs_no_folder_that_can_be_synced(tmp_path: Path, monkeypatc
 # What cannot be read
 
 
-def test_one_unreadable_journal_stops_nobody_else(make: Make) -> None:  # noqa: F811
+def test_one_unreadable_journal_stops_nobody_else(make: Make) -> None:
     engine = make(max_disk_bytes=10**9)
     bad = _left_behind(engine, "abcdef")
     (bad.path / "events.jsonl").unlink(missing_ok=True)
@@ -390,7 +429,7 @@ def test_one_unreadable_journal_stops_nobody_else(make: Make) -> None:  # noqa: 
         engine.submit(wants("x")).result(SECONDS)
 
 
-def test_resume_last_means_one_that_can_go_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_resume_last_means_one_that_can_go_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
     started(_left_behind(engine, "aaaaaa"))
     (_left_behind(engine, "bbbbbb").path / "request.json").write_bytes(b"")
@@ -418,7 +457,7 @@ def _noting(really: Callable[[JobFolder], Any], names: list[str]) -> Callable[[J
     return noted
 
 
-def test_page_and_registry_agree_on_a_job_cut_off_after_a_resume(make: Make) -> None:  # noqa: F811
+def test_page_and_registry_agree_on_a_job_cut_off_after_a_resume(make: Make) -> None:
     folder = _left_behind(make(), "abcdef", owner="anna")
     folder.append(Failed(job_id="abcdef", kind="WorkerDied", message="old"))
     folder.append(Queued(job_id="abcdef", position=0))
@@ -449,7 +488,7 @@ def test_old_halves_of_embeddings_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "c.safetensors"]
 
 
-def test_the_baseline_command_claims_its_job(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_baseline_command_claims_its_job(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, seen = make(), {}
 
     class Process:
@@ -485,7 +524,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("deed", ["finish", "delete"])
-def test_a_kill_before_any_step_on_disk(deed: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_kill_before_any_step_on_disk(deed: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every k the k-th step and all after it never happen. A new program finds a job that has ended with its video, one
     that goes on from all it had saved, or none."""
     saved = {f"latents_{block:04d}.safetensors" for block in range(3)} | {"sweep.safetensors"}

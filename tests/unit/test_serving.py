@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +29,15 @@ from dualparal.runtime.job import Job
 from dualparal.runtime.journal import STATE_FOLDER, JobFolder
 from dualparal.runtime.messages import Span, WorkerError
 from dualparal.runtime.registry import list_facts
-from tests.fake_group import NUM_BLOCKS, Notebook, fake_groups
+from tests.fake_group import NUM_BLOCKS, Notebook
+from tests.unit.conftest import Make
 
-Make = Callable[..., Engine]
 SECONDS = 10.0
 
 
 def wants(prompt: str) -> GenerationRequest:
     size = {"latents_num": 4, "num_per_block": 2, "num_cat": 1, "num_inference_steps": 2, "height": 32, "width": 32}
     return GenerationRequest(prompt=prompt, **size)
-
-
-@pytest.fixture
-def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notebook]:
-    with fake_groups(monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def make(tiny: Path, tmp_path: Path, notes: Notebook) -> Iterator[Make]:
-    made: list[Engine] = []
-
-    def engine(**options: Any) -> Engine:
-        made.append(Engine(tiny, device="cpu", threads=1, outputs=tmp_path / "outputs", **options))
-        return made[-1]
-
-    yield engine
-    notes.let_go.set()
-    for one in made:
-        one.close()
 
 
 def until(condition: Callable[[], object]) -> None:
