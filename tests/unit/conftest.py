@@ -24,8 +24,8 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notebook]:
 def make(tiny: Path, tmp_path: Path, notes: Notebook) -> Iterator[Make]:
     made: list[Engine] = []
 
-    def engine(**options: Any) -> Engine:
-        made.append(Engine(tiny, device="cpu", threads=1, outputs=tmp_path / "outputs", **options))
+    def engine(model: Path = tiny, **options: Any) -> Engine:
+        made.append(Engine(model, outputs=tmp_path / "outputs", **{"device": "cpu", "threads": 1, **options}))
         return made[-1]
 
     yield engine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,13 @@ from dualparal.request import GenerationRequest
 from dualparal.runtime.engine import Engine
 from dualparal.runtime.engine_options import CHANGES
 from dualparal.runtime.journal import JobFolder
-from tests.fake_group import NUM_BLOCKS, Notebook, fake_groups
+from tests.fake_group import NUM_BLOCKS
+from tests.unit.conftest import Make
 
-Make = Callable[..., Engine]
 SECONDS = 20.0
 WANTED = GenerationRequest(
     prompt="cut off", latents_num=4, num_per_block=2, num_cat=1, num_inference_steps=2, height=32, width=32
 )
-
-
-@pytest.fixture
-def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notebook]:
-    with fake_groups(monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def make(tiny: Path, tmp_path: Path, notes: Notebook) -> Iterator[Make]:
-    made: list[Engine] = []
-
-    def engine(model: Path = tiny, **options: Any) -> Engine:
-        made.append(Engine(model, outputs=tmp_path / "outputs", **{"device": "cpu", "threads": 1, **options}))
-        return made[-1]
-
-    yield engine
-    notes.let_go.set()
-    for one in made:
-        one.close()
 
 
 @pytest.fixture
