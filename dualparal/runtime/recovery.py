@@ -34,6 +34,8 @@ def cut_off(outputs: Path) -> Iterator[JobFolder]:
                 continue
             held = claim(folder)  # two programs that start at once do not both write
             try:
+                if folder.final_event() is not None:  # meanwhile
+                    continue
                 reason = _note(folder)
             finally:
                 held.release()

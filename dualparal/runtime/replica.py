@@ -254,7 +254,8 @@ class Replica:
                 if message.is_cancelled and message.num_frames < sum(block.num_frames for block in job.view().blocks):
                     # It was resumed, and stopped before it had come by all blocks of the run before.
                     path, num_frames = join_finished(job)
-                    message = dataclasses.replace(message, path=path, num_frames=num_frames)
+                    if path is not None:  # else the disk is full, and the shorter one is there
+                        message = dataclasses.replace(message, path=path, num_frames=num_frames)
                 job.emit(_final_event(job, message))
                 self._drop(job)
             case JobError():
