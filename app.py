@@ -2,7 +2,7 @@
 
 import sys
 
-from dualparal.ui.serve import main
+from dualparal.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(["serve", *sys.argv[1:]]))

@@ -17,24 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory import watched_processes
-from dualparal import GenerationRequest
+from dualparal import Settings
 
 
-def one_rank(rank: int, ranks: int, port: int, folder: Path, request: GenerationRequest, line: Any) -> None:
+def one_rank(rank: int, ranks: int, port: int, folder: Path, request: Settings, line: Any) -> None:
     """One of their processes: load everything, say so, wait for the word, make the video; rank 0 tells how it went."""
     import torch
     import torch.distributed as dist
     from diffusers import WanPipeline
 
-    from dualparal.core.noise import coordinated_noise
-    from dualparal.core.rules import plan_of, rules_of
-    from dualparal.core.sampler import SamplerFactory
-    from dualparal.core.schedule import make_schedule
-    from dualparal.model.layout import Checkpoint, split_layers
+    from dualparal.method.noise import coordinated_noise
+    from dualparal.method.rules import plan_of, rules_of
+    from dualparal.method.sampler import SamplerFactory
+    from dualparal.method.schedule import make_schedule
+    from dualparal.model.layout import Checkpoint
     from dualparal.model.stage import JobShape, Stage
-    from dualparal.runtime.coordinator import Denoiser
-    from dualparal.runtime.stage_worker import SpanLog, run_stage
-    from dualparal.runtime.transport import DistributedLinks, Links, SoloLinks
+    from dualparal.planning.layer_split import split_layers
+    from dualparal.ring.denoiser import Denoiser
+    from dualparal.ring.stage_loop import SpanLog, run_stage
+    from dualparal.ring.transport import DistributedLinks, Links, SoloLinks
 
     torch.set_num_threads(1)
     pipeline = WanPipeline.from_pretrained(folder)
@@ -46,13 +47,11 @@ def one_rank(rank: int, ranks: int, port: int, folder: Path, request: Generation
     if ranks > 1:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        links = DistributedLinks(rank, ranks, device=torch.device("cpu"), timeout_s=3600)
+        links = DistributedLinks(rank, ranks, device=torch.device("cpu"), timeout_s=3600, key=b"benchmark")
     line.send("loaded")
     line.recv()
 
     started_s = time.monotonic()
-    assert request.num_inference_steps and request.num_per_block and request.guidance_scale and request.flow_shift
-    assert request.height and request.width and request.seed is not None
     with torch.inference_mode():
         texts = pipeline.encode_prompt(request.prompt, request.negative_prompt, max_sequence_length=512)
     plan = plan_of(request)
@@ -83,7 +82,7 @@ def one_rank(rank: int, ranks: int, port: int, folder: Path, request: Generation
     line.recv()
 
 
-def write_at_once(pipeline: Any, latents: Any, request: GenerationRequest) -> int:
+def write_at_once(pipeline: Any, latents: Any, request: Settings) -> int:
     """Decode the whole video in one pass, as `WanPipeline` does, and write it; returns its frames."""
     import torch
 
@@ -95,7 +94,6 @@ def write_at_once(pipeline: Any, latents: Any, request: GenerationRequest) -> in
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
         frames = to_uint8(vae.decode(latents * std + mean, return_dict=False)[0]).numpy()
-    assert request.width and request.height and request.fps
     with tempfile.TemporaryDirectory() as outputs:
         writer = VideoWriter(Path(outputs), width=request.width, height=request.height, fps=request.fps)
         writer.add_block(frames)
@@ -103,7 +101,7 @@ def write_at_once(pipeline: Any, latents: Any, request: GenerationRequest) -> in
     return len(frames)
 
 
-def measure_authors(folder: Path, request: GenerationRequest, ranks: int) -> dict[str, float]:
+def measure_authors(folder: Path, request: Settings, ranks: int) -> dict[str, float]:
     """Seconds from the word to the written video ("total"; its first frames come no sooner), of "decode", "frames", and the
     sum of the ranks' peak resident MiB ("memory") of a resolved `request`."""
     from torch.distributed import TCPStore

@@ -26,8 +26,8 @@ from benchmarks.common import checkpoint, hardware, table
 from dualparal import Engine, GenerationRequest
 from dualparal.errors import DualParalError, OutputError, QueueFull
 from dualparal.events import FINAL, BlockReady, Finished
+from dualparal.jobs.job import Job
 from dualparal.media.ffmpeg import run_ffmpeg
-from dualparal.runtime.job import Job
 
 PATIENCE_S = 900.0
 
@@ -143,21 +143,21 @@ class Chaos:
         for job, kind, is_spoilt in self.jobs:
             events = job.folder.events()
             finals = [event for event in events if isinstance(event, FINAL)]
-            told = [event for event in events if isinstance(event, BlockReady)]
+            ready = [event for event in events if isinstance(event, BlockReady)]
             self.counts[f"ended: {type(finals[-1]).__name__.lower() if finals else 'never'}"] += 1
             self.counts["went on by itself"] += job.num_interruptions
-            self.counts["finished blocks"] += len(told)
+            self.counts["finished blocks"] += len(ready)
             if len(finals) != 1:
                 found.append(f"{job.id} has {len(finals)} final events")
-            if [event.block for event in told] != list(range(len(told))):
-                found.append(f"{job.id} told of blocks {[event.block for event in told]}")
-            for event in told:
+            if [event.block for event in ready] != list(range(len(ready))):
+                found.append(f"{job.id} told of blocks {[event.block for event in ready]}")
+            for event in ready:
                 if Path(event.path).read_bytes() != (calm[kind].folder.path / Path(event.path).name).read_bytes():
                     found.append(f"{job.id} block {event.block} has other bits than the calm run")
             if finals and isinstance(finals[0], Finished):
                 if job.folder.video.read_bytes() != calm[kind].folder.video.read_bytes():
                     found.append(f"{job.id} video has other bits than the calm run")
-            elif told and finals and not Path(finals[0].path or "-").is_file():  # type: ignore[attr-defined]
+            elif ready and finals and not Path(finals[0].path or "-").is_file():  # type: ignore[attr-defined]
                 if self.was_full(finals[0].time_s):
                     self.counts["segments kept, not joined: the disk was full"] += 1
                 else:

@@ -15,8 +15,8 @@ import psutil
 import torch
 
 from dualparal import Engine, GenerationRequest
+from dualparal.jobs.job import JobResult
 from dualparal.model.tiny import write_tiny_checkpoint
-from dualparal.runtime.job import JobResult
 
 
 def hardware() -> str:

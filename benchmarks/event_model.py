@@ -3,7 +3,7 @@
 The stages sleep for as long as their work would take (`timed_stage.py`), so any number of ranks runs as it would on as many
 devices; queues, messages, samplers and the order of work are the engine's own. Nothing is fitted: the forecast knows the
 sleeps and nothing else. What is off is therefore the engine's own time and the machine's (processes that wake up late): in
-virtual time, without either, model and engine agree to the last digit (tests/unit/test_event_model.py). Stages of real models
+virtual time, without either, model and engine agree to the last digit (tests/method/test_event_model.py). Stages of real models
 work for seconds a step; the default is long enough for the engine's one or two milliseconds to weigh little.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 
 from benchmarks.common import checkpoint, hardware, table
 from benchmarks.timed_stage import FORWARD_MS
-from dualparal import Engine, GenerationRequest
-from dualparal.core.event_model import Forecast, even_cost, forecast
-from dualparal.core.rules import plan_of, rules_of
-from dualparal.core.schedule import make_schedule
+from dualparal import Engine, GenerationRequest, Settings
+from dualparal.method.event_model import Forecast, even_cost, forecast
+from dualparal.method.rules import plan_of, rules_of
+from dualparal.method.schedule import make_schedule
 
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -31,9 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def predicted(request: GenerationRequest, ranks: int, forward_s: float) -> Forecast:
+def predicted(request: Settings, ranks: int, forward_s: float) -> Forecast:
     """What the event model says of a settled request, in seconds."""
-    assert request.num_inference_steps
     schedule = make_schedule(rules_of(request), plan_of(request), (0,) * request.num_inference_steps)
     cost = even_cost(schedule, ranks)
     return forecast(schedule, ranks, lambda item, rank: cost(item, rank) * forward_s)
@@ -63,6 +62,7 @@ def main() -> None:
     base = GenerationRequest(
         prompt="event model", latents_num=4 * options.blocks + 4, num_per_block=4, num_cat=4,
         num_inference_steps=options.steps, height=32, width=32, seed=0, guidance_scale=5.0,
+        schedule="paper", context="recomputed",
     )  # fmt: skip
     print(hardware(), f"{options.blocks} blocks, {options.steps} steps, {options.forward_ms:g} ms a forward", sep="\n")
     rows: list[list[Any]] = []
@@ -80,7 +80,7 @@ def main() -> None:
                 run = measured(Path(engine.submit(request).result().path).parent, options.steps)
                 first_of_paper = first_of_paper or run.first_block
                 rows.append([
-                    ranks, name, request.max_in_flight or "all", f"{model.first_block:.2f}", f"{run.first_block:.2f}",
+                    ranks, name, request.max_in_flight, f"{model.first_block:.2f}", f"{run.first_block:.2f}",
                     f"{model.total:.2f}", f"{run.total:.2f}", f"{100 * (run.total / model.total - 1):+.1f} %",
                     f"{100 * (run.first_block / model.first_block - 1):+.1f} %", f"{100 * min(model.busy):.0f} %",
                     f"{100 * min(run.busy):.0f} %", f"{first_of_paper / run.first_block:.1f}",

@@ -22,15 +22,15 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
-from dualparal.core.estimate import GPU_RUNTIME_BYTES, memory_plan, workload_of
-from dualparal.core.rules import rules_of
-from dualparal.core.schedule import make_schedule
-from dualparal.core.sizes import WAN_1_3B, WAN_14B
+from dualparal.method.rules import rules_of
+from dualparal.method.schedule import make_schedule
 from dualparal.model import stage as stage_module
 from dualparal.model.checkpoint import keeps_float32
 from dualparal.model.low_memory import Quantizer
 from dualparal.model.stage import JobShape, Stage
-from dualparal.request import GenerationRequest
+from dualparal.planning.memory import GPU_RUNTIME_BYTES, memory_plan, workload_of
+from dualparal.planning.sizes import WAN_1_3B, WAN_14B
+from dualparal.request import Settings
 
 WINDOWS = ((8, 8), (8, 4), (8, 0), (4, 4), (16, 8))  # num_per_block, num_cat
 DEVICE = "cuda"
@@ -81,11 +81,10 @@ def random_model(
 
 
 def measure_steps(
-    config: Mapping[str, Any], request: GenerationRequest, *, num_items: int = 24, attention: str | None = None,
+    config: Mapping[str, Any], request: Settings, *, num_items: int = 24, attention: str | None = None,
     is_compiled: bool = False, quantization: str | None = None, is_offloaded: bool = False, is_cache_offloaded: bool = False,
 ) -> Measured:  # fmt: skip
     """Run the first items of `request`'s schedule on a stage that holds all layers of `config`."""
-    assert request.height and request.width and request.num_inference_steps and request.guidance_scale is not None
     gc.collect()  # compiled layers are cycles
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -152,8 +151,8 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started_s
 
 
-def _request(num_per_block: int, num_cat: int, height: int, width: int, context: Any) -> GenerationRequest:
-    return GenerationRequest(
+def _request(num_per_block: int, num_cat: int, height: int, width: int, context: Any) -> Settings:
+    return Settings(
         prompt="x", negative_prompt="", latents_num=6 * num_per_block, height=height, width=width, fps=16, seed=0,
         num_inference_steps=8, guidance_scale=5.0, guidance_scale_2=5.0, flow_shift=3.0, num_per_block=num_per_block,
         num_cat=num_cat, schedule="paper", context=context,
@@ -209,9 +208,9 @@ def main() -> None:
     extras = [name for name, is_on in (("compiled", options.compile), ("offloaded", options.offload),
                                 (f"{options.context} context", options.context == "cached"),
                                 ("left caches offloaded", options.offload_cache)) if is_on]  # fmt: skip
-    told = ", ".join([f"attention {options.attention or 'native'}", *filter(None, [options.quantization]), *extras])
+    variant = ", ".join([f"attention {options.attention or 'native'}", *filter(None, [options.quantization]), *extras])
     print(
-        f"{options.model}, {config['num_layers']} layers, {options.width}x{options.height}, bf16, {told}; matmul peak "
+        f"{options.model}, {config['num_layers']} layers, {options.width}x{options.height}, bf16, {variant}; matmul peak "
         f"{peak / 1e12:.0f} TFLOP/s; diffusers' transformer: {per_latent_s * 1e3:.1f} ms per latent of a "
         f"{WHOLE_LATENTS}-latent video.\n"
     )

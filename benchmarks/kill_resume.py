@@ -23,11 +23,12 @@ import psutil
 
 from benchmarks.common import checkpoint, hardware, table
 from dualparal import Engine, GenerationRequest
+from dualparal.engine import dispatcher
 from dualparal.events import FINAL, Finished, Interrupted
-from dualparal.model.layout import Checkpoint
-from dualparal.runtime import dispatcher, recovery
-from dualparal.runtime.journal import JOB_ID, JobFolder, list_jobs, write_atomically
-from dualparal.runtime.state import read_state
+from dualparal.files import write_atomically
+from dualparal.jobs import recovery
+from dualparal.jobs.folder import JOB_ID, JobFolder, list_jobs
+from dualparal.ring.saved_sweeps import read_state
 
 START_S = 600.0
 GONE_WITHIN_S = 20.0
@@ -37,25 +38,28 @@ STOP = "stop"  # tells the child to take no new jobs
 
 
 def request(seed: int) -> GenerationRequest:
-    """Long enough to save several sweeps; every other job keeps its left context as K and V, which the stages save too."""
+    """Long enough to save several sweeps; every other job keeps its left context as K and V, and recomputes it now and then;
+    every third skips steps."""
     return GenerationRequest(
         prompt="killed again and again", seed=seed, latents_num=256, num_per_block=4, num_cat=2, num_inference_steps=48,
         height=32, width=32, context="cached" if seed % 2 else "recomputed", schedule="preview" if seed % 4 > 1 else "paper",
+        cache_interval=1 + (seed % 3 == 2),
     )  # fmt: skip
 
 
-def engine_on(outputs: Path, ranks: int) -> Engine:
-    return Engine(checkpoint("tiny"), ranks=ranks, device="cpu", threads=1, outputs=outputs, auto_resume=True)
+def engine_on(outputs: Path, ranks: int, experts: int) -> Engine:
+    model = checkpoint("tiny") if experts == 1 else checkpoint("tiny-two", num_experts=2)
+    return Engine(model, ranks=ranks, device="cpu", threads=1, outputs=outputs, auto_resume=True)
 
 
-def child(outputs: Path, ranks: int) -> None:
+def child(outputs: Path, ranks: int, experts: int) -> None:
     """Go on with what is there, then make new jobs until told to stop; end when all have ended."""
     # A job here is killed more often than one that kills the program would be let.
     recovery.MAX_INTERRUPTIONS = dispatcher.MAX_INTERRUPTIONS = 10**6
-    engine = engine_on(outputs, ranks)
+    engine = engine_on(outputs, ranks, experts)
     engine.recover()
     taken = {path.name for path in outputs.iterdir() if JOB_ID.fullmatch(path.name)}
-    told: list[int] = []
+    last_workers: list[int] = []
     with engine:
         while True:
             is_last = (outputs / STOP).exists()
@@ -64,8 +68,8 @@ def child(outputs: Path, ranks: int) -> None:
                 taken.add(name)
                 engine.submit(request(int(name, 16)), job_id=name)
             workers = {name: about["pid"] for name, about in engine.workers.items()} if engine.state == "ready" else {}
-            if sorted(workers.values()) != told:
-                told = sorted(workers.values())
+            if sorted(workers.values()) != last_workers:
+                last_workers = sorted(workers.values())
                 write_atomically(outputs / WORKERS, json.dumps(workers))
             if is_last and not engine.jobs():
                 return
@@ -75,8 +79,8 @@ def child(outputs: Path, ranks: int) -> None:
 class Siege:
     """The child, and the kills."""
 
-    def __init__(self, outputs: Path, ranks: int, seed: int) -> None:
-        self.outputs, self.ranks = outputs, ranks
+    def __init__(self, outputs: Path, ranks: int, experts: int, seed: int) -> None:
+        self.outputs, self.flags = outputs, ["--ranks", str(ranks), "--experts", str(experts)]
         self.dice = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.moments: set[tuple[str, int, int]] = set()
@@ -85,7 +89,7 @@ class Siege:
 
     def _start(self) -> subprocess.Popen[bytes]:
         (self.outputs / WORKERS).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.kill_resume", "--child", str(self.outputs), "--ranks", str(self.ranks)]
+        command = [sys.executable, "-m", "benchmarks.kill_resume", "--child", str(self.outputs), *self.flags]
         return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
 
     def kill_once(self) -> str:
@@ -155,9 +159,8 @@ def stamp(file: Path) -> int:
 
 def progress(job: JobFolder) -> tuple[int, int]:
     """(next item of the saved sweep, finished blocks) of a job on disk."""
-    num_layers = Checkpoint(checkpoint("tiny")).num_layers if job.request().context == "cached" else None
     try:
-        state, _ = read_state(job.path / "state", num_layers)
+        state, _ = read_state(job.path / "state")
     except OSError:
         return 0, 0
     return (state.next_index, state.num_finished) if state else (0, 0)
@@ -186,18 +189,19 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=60.0, help="kill no longer than this")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="of the tiny model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child, options.ranks)
+        child(options.child, options.ranks, options.experts)
         return 0
     print(hardware(), flush=True)
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         calm, killed = Path(folder) / "calm", Path(folder) / "killed"
         killed.mkdir()
-        siege = Siege(killed, options.ranks, options.seed)
+        siege = Siege(killed, options.ranks, options.experts, options.seed)
         try:
             for number in range(options.kills):
                 if time.monotonic() - started_s > 60 * options.minutes:
@@ -210,7 +214,7 @@ def main() -> int:
                 os.killpg(siege.process.pid, signal.SIGKILL)
                 siege.process.wait()
         jobs = [(job.job_id, job.request()) for job in reversed(list(list_jobs(killed)))]
-        with engine_on(calm, options.ranks) as engine:
+        with engine_on(calm, options.ranks, options.experts) as engine:
             for job_id, asked in jobs:
                 engine.submit(asked, job_id=job_id).result()
         faults, num_interrupted = compare(killed, calm)

@@ -20,8 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from dualparal.core.sizes import WAN_1_3B, DiTSizes
-from dualparal.model.layout import Checkpoint, split_layers, transformer_shapes
+from dualparal.model.layout import Checkpoint
+from dualparal.model.part_shapes import transformer_shapes
+from dualparal.planning.layer_split import split_layers
+from dualparal.planning.sizes import WAN_1_3B, DiTSizes
 
 CHUNK = os.urandom(1 << 24)
 

@@ -19,13 +19,13 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from benchmarks.common import hardware, table
-from dualparal.core.plan import BlockPlan
-from dualparal.core.schedule import Rules, make_schedule
-from dualparal.core.sizes import DiTSizes
+from dualparal.method.plan import BlockPlan
+from dualparal.method.schedule import Rules, make_schedule
 from dualparal.model.layout import Checkpoint
 from dualparal.model.low_memory import stored_bytes
 from dualparal.model.stage import JobShape, Stage
 from dualparal.model.tiny import write_tiny_checkpoint
+from dualparal.planning.sizes import DiTSizes
 
 SHAPE = {"num_layers": 6, "num_heads": 8, "head_dim": 64, "ffn_dim": 2048}
 LATENT_PX = 8  # height and width of the latents: 16 tokens a frame

@@ -57,7 +57,7 @@ def main() -> None:
             for latents_num in options.latents:
                 request = GenerationRequest(
                     prompt="memory", latents_num=latents_num, num_per_block=4, num_cat=4, num_inference_steps=4, height=64,
-                    width=64, seed=0,
+                    width=64, seed=0, schedule="paper", context="recomputed",
                 )  # fmt: skip
                 with watched(engine) as peaks:
                     engine.submit(request).result()

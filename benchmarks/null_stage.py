@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dualparal.core.schedule import Item
+from dualparal.method.schedule import Item
 from dualparal.model.stage import Stage
 
 PROFILE = "DUALPARAL_BENCH_PROFILE"  # file that the hooked rank's profile of the last job goes to

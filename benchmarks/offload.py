@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import checkpoint, hardware, table
-from dualparal.core.plan import BlockPlan
-from dualparal.core.schedule import Context, Item, Rules, Schedule, make_schedule
-from dualparal.core.sizes import DTYPE_BYTES
+from dualparal.method.plan import BlockPlan
+from dualparal.method.schedule import Context, Item, Rules, Schedule, make_schedule
 from dualparal.model.calibrate import link_rate
 from dualparal.model.layout import Checkpoint
 from dualparal.model.stage import JobShape, Stage
+from dualparal.planning.sizes import DTYPE_BYTES
 
 NUM_BLOCKS, NUM_CAT, STEPS = 6, 8, 10
 

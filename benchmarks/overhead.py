@@ -15,7 +15,16 @@ def main() -> None:
     options = parser.parse_args()
     folder = checkpoint("tiny")
     request = GenerationRequest(
-        prompt="overhead", latents_num=52, num_per_block=4, num_cat=4, num_inference_steps=200, height=32, width=32, seed=0
+        prompt="overhead",
+        latents_num=52,
+        num_per_block=4,
+        num_cat=4,
+        num_inference_steps=200,
+        height=32,
+        width=32,
+        seed=0,
+        schedule="paper",
+        context="recomputed",
     )
     warm_up = request.model_copy(update={"latents_num": 4, "num_inference_steps": 1})
     print(hardware())

@@ -27,20 +27,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import PeakMemory, hardware, table
-from dualparal.core.estimate import memory_plan, workload_of
-from dualparal.core.rules import rules_of
-from dualparal.core.schedule import Item, Schedule
-from dualparal.model.layout import Checkpoint, split_layers
+from dualparal.method.rules import rules_of
+from dualparal.method.schedule import Item, Schedule
+from dualparal.model.layout import Checkpoint
 from dualparal.model.low_memory import stored_bytes
 from dualparal.model.stage import JobShape, Stage
 from dualparal.model.tiny import write_tiny_checkpoint
-from dualparal.request import GenerationRequest
+from dualparal.planning.layer_split import split_layers
+from dualparal.planning.memory import memory_plan, workload_of
+from dualparal.request import Settings
 
 SHAPE = {"num_layers": 8, "num_heads": 8, "head_dim": 64, "ffn_dim": 2048}
 SIZE_PX = 96
 TEXT_TOKENS = 512
 KINDS = ("weights", "text", "feature_cache", "activations")
-REQUEST = GenerationRequest(
+REQUEST = Settings(
     prompt="x", negative_prompt="", latents_num=16, height=SIZE_PX, width=SIZE_PX, fps=16, seed=0, num_inference_steps=3,
     guidance_scale=5.0, guidance_scale_2=5.0, flow_shift=3.0, num_per_block=4, num_cat=4, schedule="paper",
     context="recomputed",

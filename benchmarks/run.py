@@ -40,12 +40,11 @@ def plain_wan(folder: Path, request: GenerationRequest, threads: int, line: Any)
     torch.set_num_threads(threads)
     pipeline = WanPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    assert request.latents_num
     started_s = time.monotonic()
     pipeline(
-        prompt=request.prompt, negative_prompt=request.negative_prompt or "", height=request.height, width=request.width,
+        prompt=request.prompt, negative_prompt=request.negative_prompt, height=request.height, width=request.width,
         num_frames=4 * request.latents_num - 3, num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale or 5.0,
+        guidance_scale=request.guidance_scale,
     )  # fmt: skip
     line.send((time.monotonic() - started_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
@@ -80,6 +79,7 @@ def main() -> None:
     request = GenerationRequest(
         prompt="benchmark", latents_num=4 * options.blocks + 4, num_per_block=4, num_cat=4,
         num_inference_steps=options.steps, height=128, width=128, seed=0, guidance_scale=5.0, negative_prompt="",
+        schedule="paper", context="recomputed",
     )  # fmt: skip
     print(hardware(), f"{request.latents_num} latents, {options.steps} steps, one thread per rank", sep="\n")
     rows: list[list[Any]] = []

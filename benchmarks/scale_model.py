@@ -10,14 +10,14 @@ import argparse
 from dataclasses import dataclass
 
 from benchmarks.common import table
-from dualparal.core.estimate import memory_plan, workload_of
-from dualparal.core.event_model import Forecast, forecast
-from dualparal.core.rules import rules_of, settle_rules
-from dualparal.core.sizes import PUBLISHED_MODELS, DiTSizes
-from dualparal.core.work import Workload
-from dualparal.model.layout import split_layers
-from dualparal.presets import Preset, load_presets
-from dualparal.request import GenerationRequest
+from dualparal.method.event_model import Forecast, forecast
+from dualparal.method.rules import rules_of
+from dualparal.planning.layer_split import split_layers
+from dualparal.planning.memory import memory_plan, workload_of
+from dualparal.planning.sizes import PUBLISHED_MODELS, DiTSizes
+from dualparal.planning.work import Workload
+from dualparal.presets import Preset, complete, load_presets
+from dualparal.request import GenerationRequest, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,12 @@ class Case:
     ranks: int
     seconds: float
     schedule: str = "paper"
+    context: str = "recomputed"
 
     @property
-    def request(self) -> GenerationRequest:
-        asked = GenerationRequest(prompt="", seconds=self.seconds, schedule=self.schedule)  # type: ignore[arg-type]
-        return settle_rules(asked.resolve(self.preset, num_experts=1), self.ranks)
+    def request(self) -> Settings:
+        asked = GenerationRequest(prompt="any", seconds=self.seconds, schedule=self.schedule, context=self.context)
+        return complete(asked, self.preset, ranks=self.ranks)
 
     @property
     def workload(self) -> Workload:
@@ -63,11 +64,11 @@ def by_gpus(preset: Preset, seconds: float, flops: float) -> str:
     for ranks in (1, 2, 4, 8, 16):
         case = Case(preset=preset, ranks=ranks, seconds=seconds)
         seen = case.forecast(flops)
-        early = Case(preset=preset, ranks=ranks, seconds=seconds, schedule="preview").forecast(flops)
+        early = Case(preset=preset, ranks=ranks, seconds=seconds, schedule="preview", context="cached").forecast(flops)
         numbers = (seen.total / 60, alone / seen.total, 100 * sum(seen.busy) / ranks, seen.first_block / 60,
                    early.first_block / 60, case.gigabytes_per_gpu())  # fmt: skip
         rows.append([ranks, *(f"{number:.1f}" for number in numbers)])
-    heads = ["GPUs", "minutes", "speed-up", "busy %", "first frames, min (paper)", "(preview)", "GB a GPU"]
+    heads = ["GPUs", "minutes", "speed-up", "busy %", "first frames, min (paper)", "(preview, cached)", "GB a GPU"]
     return table(heads, rows)
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     folder = checkpoint("mid", num_layers=8, num_heads=8, head_dim=32, ffn_dim=1024)
     request = GenerationRequest(
         prompt="scaling", latents_num=4 * options.blocks + 4, num_per_block=4, num_cat=4, num_inference_steps=options.steps,
-        height=128, width=128, seed=0,
+        height=128, width=128, seed=0, schedule="paper", context="recomputed",
     )  # fmt: skip
     warm_up = request.model_copy(update={"latents_num": 4, "num_inference_steps": 1})
     print(hardware())

@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> list[Run]:
     folder = checkpoint("mid", num_layers=8, num_heads=8, head_dim=32, ffn_dim=1024)
     base = GenerationRequest(
         prompt="scaling", num_per_block=options.num_per_block, num_inference_steps=options.steps, height=options.size_px,
-        width=options.size_px, seed=0, guidance_scale=5.0,
+        width=options.size_px, seed=0, guidance_scale=5.0, schedule="paper",
     )  # fmt: skip
     usual = options.num_per_block // 2
     by_cat = [(max(options.latents), cat, context) for context in ("recomputed", "cached") for cat in options.num_cat]

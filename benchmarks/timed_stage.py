@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.null_stage import NullStage
-from dualparal.core.event_model import even_cost
-from dualparal.core.schedule import Item, Schedule
+from dualparal.method.event_model import even_cost
+from dualparal.method.schedule import Item, Schedule
 
 FORWARD_MS = "DUALPARAL_BENCH_FORWARD_MS"  # what an ordinary block step costs over all layers
 

@@ -20,8 +20,8 @@ from diffusers import AutoencoderKLWan
 
 from benchmarks.common import hardware, table
 from dualparal.model.vae import StreamingDecoder, to_uint8
-from dualparal.pocket.train_vae import sample_clips
 from dualparal.pocket.world import held_out_prompts
+from training.train_vae import sample_clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

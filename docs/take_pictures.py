@@ -26,8 +26,6 @@ def take(browser: Browser, address: str, prompt: str, name: str, width: int, hei
     page.fill("#prompt textarea", prompt)
     page.fill("#seconds input[type=number]", "16")
     page.keyboard.press("Tab")
-    page.fill("#pace input[type=range]", "3")  # soonest
-    page.keyboard.press("Tab")
     page.wait_for_timeout(1000)
     page.click("#generate")
     page.wait_for_selector(".block.ready >> nth=2", state="attached")

@@ -12,11 +12,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "GenerationRequest": "dualparal.request",
-    "Engine": "dualparal.runtime.engine",
-    "Job": "dualparal.runtime.job",
-    "JobResult": "dualparal.runtime.job",
+    "Settings": "dualparal.request",
+    "Engine": "dualparal.engine.engine",
+    "Job": "dualparal.jobs.job",
+    "JobResult": "dualparal.jobs.job",
     **dict.fromkeys(
-        ("Event", "Queued", "Started", "Progress", "BlockReady", "Interrupted", "Finished", "Failed", "Cancelled"),
+        ("Event", "Queued", "Started", "Progress", "Look", "BlockReady", "Steered", "Interrupted", "Finished", "Failed",
+         "Cancelled"),
         "dualparal.events",
     ),
     **dict.fromkeys(
@@ -28,6 +30,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from dualparal.engine.engine import Engine
     from dualparal.errors import (
         CheckpointError,
         DualParalError,
@@ -41,10 +44,21 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerFailed,
     )
-    from dualparal.events import BlockReady, Cancelled, Event, Failed, Finished, Interrupted, Progress, Queued, Started
-    from dualparal.request import GenerationRequest
-    from dualparal.runtime.engine import Engine
-    from dualparal.runtime.job import Job, JobResult
+    from dualparal.events import (
+        BlockReady,
+        Cancelled,
+        Event,
+        Failed,
+        Finished,
+        Interrupted,
+        Look,
+        Progress,
+        Queued,
+        Started,
+        Steered,
+    )
+    from dualparal.jobs.job import Job, JobResult
+    from dualparal.request import GenerationRequest, Settings
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from dualparal.cli import main
+from dualparal.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

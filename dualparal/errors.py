@@ -52,6 +52,10 @@ class OutOfMemory(WorkerFailed):
     """A device or the host ran out of memory while running a job."""
 
 
+class NotFinite(DualParalError):
+    """The model predicted NaN or infinite numbers: nothing of the video can be used from there on."""
+
+
 class OutputError(DualParalError, OSError):
     """Results cannot be written: folder not writable, disk full."""
 

@@ -1,7 +1,7 @@
-"""What a job tells its caller, in order: Queued, Started, then Progress and BlockReady, then one final event.
+"""What a job tells its caller, in order: Queued, Started, then Progress, BlockReady and Steered, then one final event.
 
 Frozen, picklable and JSON-friendly: they cross process borders and are appended to `events.jsonl`. `time_s` is seconds since
-the epoch. Exactly one of Finished, Failed, Cancelled ends a job.
+the epoch by a clock that may be set; `worked_s` by one that is not. Exactly one of Finished, Failed, Cancelled ends a job.
 """
 
 from __future__ import annotations
@@ -9,36 +9,55 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
+
+
+def _now_s() -> float:
+    return time.time()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Base of all events; `job_id` names the job."""
+    """Base of all events; `job_id` names the job. `worked_s`: seconds that the job had been worked on until then, over all its
+    runs and without what lay between them; None in events that no front end has noted."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False, extra="forbid")  # of what comes from disk
 
     job_id: str
-    time_s: float = field(default_factory=time.time)
+    time_s: float = field(default_factory=_now_s)
+    worked_s: float | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """A flat dictionary with the event's class name under `event`."""
-        return {"event": type(self).__name__, **dataclasses.asdict(self)}
+        found = {"event": type(self).__name__, **dataclasses.asdict(self)}
+        if self.worked_s is None:
+            del found["worked_s"]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Queued(Event):
-    """Waiting; `position` jobs are ahead (0 = next to run), or for what `reason` says."""
+    """Waiting; `position` jobs are ahead (0 = next to run), or for what `reason` says. `owner`: whose job it is, in case its
+    record is damaged one day."""
 
     position: int
     reason: str = ""
+    owner: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Started(Event):
-    """Rank 0 has taken the job. `num_items` block steps will be run for `num_blocks` blocks, `num_frames` frames promised."""
+    """Rank 0 has taken the job. `num_items` block steps will be run for `num_blocks` blocks, `num_frames` frames promised.
+
+    Told again with a `notice`, one sentence, when there is something about the video that its maker should know.
+    """
 
     num_blocks: int
     num_items: int
     num_frames: int
+    notice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +74,47 @@ class Progress(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look(Event):
+    """What block `block` is becoming, after `step` of `num_steps` (all: it is finished): `num_pictures` small pictures, one for
+    each latent frame, in one JPEG, eight in a row. Only for those who ask for looks; on disk only the newest are kept."""
+
+    block: int
+    step: int
+    num_steps: int
+    num_pictures: int
+    picture: bytes = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the picture."""
+        return {name: value for name, value in super().to_json().items() if name != "picture"}
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockReady(Event):
-    """Block `block` is decoded: `path` is its playable MPEG-TS segment, frames `[first_frame, first_frame + num_frames)`."""
+    """Block `block` is decoded: `path` is its playable MPEG-TS segment, frames `[first_frame, first_frame + num_frames)`, and
+    `checksum` that of the file."""
 
     block: int
     path: str
     first_frame: int
     num_frames: int
     duration_s: float
+    checksum: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steered(Event):
+    """From `block` on, second `from_s` of the film, a new shot: its `prompt`, and how it begins. The counts are those of the
+    film as it now will be, as in `Started`; `notice` says what of the text is left out."""
+
+    block: int
+    prompt: str
+    transition: str
+    from_s: float
+    num_blocks: int
+    num_items: int
+    num_frames: int
+    notice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,16 +155,18 @@ class Cancelled(Event):
 
 
 FINAL = (Finished, Failed, Cancelled)
-_BY_NAME = {cls.__name__: cls for cls in (Queued, Started, Progress, BlockReady, Interrupted, Finished, Failed, Cancelled)}
+_BY_NAME = {cls.__name__: cls for cls in (Queued, Started, Progress, BlockReady, Steered, Interrupted, *FINAL)}
 
 
-def event_from_json(record: dict[str, Any]) -> Event:
-    """The inverse of `Event.to_json`; raises ValueError for an unknown event name."""
-    record = dict(record)
-    name = record.pop("event", None)
-    if name not in _BY_NAME:
+_READERS: dict[str, TypeAdapter[Any]] = {}  # made when first asked for: imports stay quick
+
+
+def event_from_json(record: object) -> Event:
+    """The inverse of `Event.to_json`; raises ValueError for an unknown event name and for values that are none of its."""
+    name = record.get("event") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(f"unknown event {name!r}; known: {', '.join(_BY_NAME)}")
-    for key in ("block_steps", "busy"):
-        if key in record:
-            record[key] = tuple(record[key])
-    return _BY_NAME[name](**record)
+    if name not in _READERS:
+        _READERS[name] = TypeAdapter(_BY_NAME[name])
+    found: Event = _READERS[name].validate_python({key: value for key, value in record.items() if key != "event"})
+    return found

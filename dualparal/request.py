@@ -1,7 +1,8 @@
-"""What a caller asks for: fields, units, limits, and the arithmetic between seconds, frames and latent frames.
+"""What a video is: fields, units, limits, and the arithmetic between seconds, frames and latent frames.
 
-A `GenerationRequest` may leave almost everything out; `resolve(preset)` fills it from the model's preset. Bad values raise
-`RequestError` before anything is loaded or queued. Knows no process and no torch.
+A `GenerationRequest` is what a caller asks for and may leave almost everything out; `Settings` are a completed request. Each
+field is written once, in `Settings`: flags, the API's parameters, the record of a job and the text in its mp4 are made from
+it. Bad values raise `RequestError` before anything is loaded or queued. Knows no process and no torch.
 """
 
 from __future__ import annotations
@@ -9,26 +10,31 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from dualparal.errors import RequestError
-
-if TYPE_CHECKING:
-    from dualparal.presets import Preset
+from dualparal.prompts import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
+from dualparal.prompts import Shot, checked_shots, split_timeline, text_of_shot, usable_text
+from dualparal.prompts import shown as shown
 
 TEMPORAL_FACTOR = 4  # frames folded into one latent frame by the Wan VAE (the first latent holds one frame)
-MAX_PROMPT_CHARS = 4000
 MAX_LATENTS = 100_000
 MAX_SEED = 2**63 - 1
-SCHEDULES = ("paper", "preview")
-CONTEXTS = ("recomputed", "cached")
-
-ScheduleName = Literal["paper", "preview"]
+LENGTHS = ("latents_num", "num_frames", "seconds")  # a request gives at most one of them
+ScheduleName = Literal["paper", "preview"]  # each is an entry of method.rules.POLICIES
+SolverName = Literal["unipc", "euler", "dpm++"]
 ContextName = Literal["recomputed", "cached"]
+AskedSchedule = Literal[ScheduleName, "auto"]
+AskedContext = Literal[ContextName, "auto"]
+LeftContext = Literal["latest", "own_step"]
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
+SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
+CONTEXTS: tuple[ContextName, ...] = get_args(ContextName)
+AUTO: Literal["auto"] = "auto"  # of schedule and context: chosen together, for the devices at hand, when a job is submitted
+CHOSEN = {"schedule": AskedSchedule, "context": AskedContext}
 Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
@@ -42,90 +48,183 @@ def latents_of_seconds(seconds: float, fps: int) -> int:
     return max(1, math.ceil((seconds * fps - 1) / TEMPORAL_FACTOR - 1e-9) + 1)
 
 
-# What a resolved request may leave open: other ways to give the length, and what the checkpoint or the event model decides.
-OPTIONAL = {
-    "num_frames", "seconds", "boundary_ratio", "max_in_flight", "stagger", "micro_batches", "guidance_start", "guidance_stop",
-    "cache_interval", "cache_order", "disable_cache_before_step", "disable_cache_after_step",
-}  # fmt: skip
-
-
-class GenerationRequest(BaseModel):
-    """One video to make. Fields left at None are filled from the model's preset by `resolve`.
-
-    Give the length once: `latents_num` (latent frames), `num_frames` (video frames, 4k + 1) or `seconds`.
-    """
+class _Described(BaseModel):
+    """What requests and settings share: frozen, checked on construction, errors of one sentence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    prompt: str = Field(strict=True, description="what the video shows")
-    negative_prompt: str | None = Field(None, strict=True, description="what it must not show; used when guidance_scale > 1")
-    latents_num: int | None = Field(None, ge=1, le=MAX_LATENTS, description="length in latent frames")
-    num_frames: int | None = Field(None, ge=1, le=400_000, description="length in video frames, 4k + 1")
-    seconds: float | None = Field(None, gt=0, le=25_000, description="length in seconds")
-    height: int | None = Field(None, ge=16, le=8192, description="picture height in pixels, a multiple of 16")
-    width: int | None = Field(None, ge=16, le=8192, description="picture width in pixels, a multiple of 16")
-    fps: int | None = Field(None, ge=1, le=120, description="frames per second of the video file")
-    num_inference_steps: int | None = Field(None, ge=1, le=1000, description="denoising steps")
-    guidance_scale: Guidance | None = Field(None, description="classifier-free guidance; at most 1 turns it off")
-    guidance_scale_2: Guidance | None = Field(None, description="guidance of the low-noise expert (two-expert models)")
-    guidance_start: float | None = Field(None, ge=0, le=1, description="share of the steps before which guidance is off")
-    guidance_stop: float | None = Field(None, ge=0, le=1, description="share of the steps from which on guidance is off")
-    boundary_ratio: float | None = Field(
-        None, ge=0.0, le=1.0, description="share of the noise range that the low-noise expert takes (two-expert models)"
-    )
-    flow_shift: float | None = Field(None, gt=0.0, le=100.0, description="shift of the noise schedule")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the initial noise; drawn if left out")
-    num_per_block: int | None = Field(None, ge=1, le=1024, description="latent frames per block")
-    num_cat: int | None = Field(None, ge=0, le=1024, description="latent frames of context on each side of a block")
-    schedule: ScheduleName | None = Field(None, description="order in which blocks are denoised")
-    context: ContextName | None = Field(None, description="whether the left context is recomputed or cached as K and V")
-    max_in_flight: int | None = Field(None, ge=1, le=1024, description="blocks denoised at once (schedule preview)")
-    stagger: int | None = Field(None, ge=1, le=1000, description="steps between neighbouring blocks (schedule preview)")
-    micro_batches: bool | None = Field(None, description="whether guidance halves travel one by one")
-    cache_interval: int | None = Field(
-        None, ge=1, le=1000, description="every n-th step is computed, the others are extrapolated (TaylorSeer); 1 is off"
-    )
-    cache_order: int | None = Field(None, ge=0, le=2, description="order of that extrapolation, 1 if left out")
-    disable_cache_before_step: int | None = Field(
-        None, ge=1, le=1000, description="steps before it are computed, also after a change of expert; 3 if left out"
-    )
-    disable_cache_after_step: int | None = Field(
-        None, ge=0, le=1000, description="steps from it on are computed; the last one always is"
-    )
 
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _one_sentence(error) from None
-        _check_lengths(self)
+            raise _one_sentence(error, type(self)) from None
+        _check_together(self)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name != "micro_batches":
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("true and false are not values of this field")
         return value
 
-    @field_validator("prompt", "negative_prompt")
+    @field_validator("prompt", "negative_prompt", check_fields=False)
     @classmethod
     def _usable_text(cls, text: str | None) -> str | None:
-        if text is None:
-            return None
-        if len(text) > MAX_PROMPT_CHARS:
-            raise ValueError(f"{len(text)} characters are too many; the limit is {MAX_PROMPT_CHARS}, shorten it")
-        if any("\ud800" <= ch <= "\udfff" for ch in text):
-            raise ValueError("half a surrogate pair is not a character; type or paste the text again")
-        # Control characters break logs and players.
-        return "".join(ch for ch in text if ch in "\n\t" or (ord(ch) >= 32 and ord(ch) != 127))
+        return None if text is None else usable_text(text)
 
-    @field_validator("height", "width")
+    @field_validator("shots", mode="before", check_fields=False)
+    @classmethod
+    def _usable_shots(cls, shots: Any) -> tuple[Shot, ...] | None:
+        return None if shots is None else checked_shots(shots)
+
+    @field_validator("height", "width", check_fields=False)
     @classmethod
     def _multiple_of_16(cls, size: int | None) -> int | None:
         if size is not None and size % 16:
             low = size // 16 * 16
             raise ValueError(f"not divisible by 16; use {low or 16} or {low + 16}")
         return size
+
+    def to_json(self) -> str:
+        """The fields that are set, as one JSON object (what `request.json` and the mp4's metadata hold)."""
+        return json.dumps(self.model_dump(exclude_none=True), ensure_ascii=False)
+
+
+class Settings(_Described):
+    """A completed request: what one job is made with. `presets.complete` makes it, once, when a job is submitted.
+
+    A field with a default is one that records of older versions lack: it says what they were made with. None has a meaning.
+    """
+
+    prompt: str = Field(strict=True, description="what the video shows")
+    negative_prompt: str = Field(strict=True, description="what it must not show; used when guidance_scale > 1")
+    shots: tuple[Shot, ...] | None = Field(
+        None, description="the film's timeline: each shot's own prompt, seconds or latents_num, and transition"
+    )
+    latents_num: int = Field(ge=1, le=MAX_LATENTS, description="length in latent frames")
+    height: int = Field(ge=16, le=8192, description="picture height in pixels, a multiple of 16")
+    width: int = Field(ge=16, le=8192, description="picture width in pixels, a multiple of 16")
+    fps: int = Field(ge=1, le=120, description="frames per second of the video file")
+    num_inference_steps: int = Field(
+        ge=1, le=1000, description="denoising steps", json_schema_extra={"flags": ["sample_steps"]}
+    )
+    guidance_scale: Guidance = Field(
+        description="classifier-free guidance; at most 1 turns it off", json_schema_extra={"flags": ["sample_guide_scale"]}
+    )
+    guidance_scale_2: Guidance = Field(
+        description="guidance of the low-noise expert (two-expert models)",
+        json_schema_extra={"flags": ["sample_guide_scale2"]},
+    )
+    guidance_start: float = Field(0.0, ge=0, le=1, description="share of the steps before which guidance is off")
+    guidance_stop: float = Field(1.0, ge=0, le=1, description="share of the steps from which on guidance is off")
+    boundary_ratio: float | None = Field(
+        None, ge=0.0, le=1.0, description="share of the noise range that the low-noise expert takes (two-expert models)"
+    )
+    flow_shift: float = Field(gt=0.0, le=100.0, description="shift of the noise schedule")
+    solver: SolverName = Field("unipc", description="how a step is taken; step-distilled models want euler")
+    seed: int = Field(ge=0, le=MAX_SEED, description="seed of the initial noise; drawn if left out")
+    num_per_block: int = Field(ge=1, le=1024, description="latent frames per block")
+    num_cat: int = Field(ge=0, le=1024, description="context: latent frames that a block sees of the one on each side")
+    schedule: ScheduleName = Field(description="order in which blocks are denoised; auto goes with the context")
+    context: ContextName = Field(
+        description="whether the left context is recomputed or cached as K and V; auto: cached where these fit, with preview"
+    )
+    chosen: str = Field("", description="why auto chose this schedule and context; empty where they were asked for")
+    refresh: int = Field(
+        0, ge=0, le=1000,
+        description="after so many passes a cached left context is recomputed, and there the job can be saved; 0: never, "
+        "and a job that is cut off starts again from its first block",
+    )  # fmt: skip
+    max_in_flight: int = Field(1024, ge=1, le=1024, description="blocks denoised at once (schedule preview)")
+    stagger: int = Field(1, ge=1, le=1000, description="steps between neighbouring blocks (schedule preview)")
+    left_context: LeftContext = Field(
+        "latest", description="which latents of its left neighbour a block sees: the latest, or those at its own step"
+    )
+    micro_batches: bool = Field(False, description="whether guidance halves travel one by one")
+    cache_interval: int = Field(
+        1, ge=1, le=1000, description="every n-th step is computed, the others are extrapolated (TaylorSeer); 1 is off"
+    )
+    cache_order: int = Field(1, ge=0, le=2, description="order of that extrapolation, 1 if left out")
+    disable_cache_before_step: int = Field(
+        3, ge=1, le=1000, description="steps before it are computed, also after a change of expert; 3 if left out"
+    )
+    disable_cache_after_step: int | None = Field(
+        None, ge=0, le=1000, description="steps from it on are computed; the last one always is"
+    )
+    start_image: str | None = Field(
+        None, min_length=1, max_length=4096,
+        description="a picture that the film begins with (PNG, JPEG or WebP), cropped to its size; an anchor for models that "
+        "were only trained on text",
+        json_schema_extra={"metavar": "PICTURE"},
+    )  # fmt: skip
+    model: str = Field("", description="hub id or folder name of the model; empty where it is not known")
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the video: of each scene's first latent one, of every other four."""
+        num_cuts = sum(shot.transition == "cut" for shot in (self.shots or ())[1:])
+        return frames_of_latents(self.latents_num) - (TEMPORAL_FACTOR - 1) * num_cuts
+
+    @property
+    def all_text(self) -> str:
+        """All that it is to show, for people: the prompt, and what each shot adds."""
+        return " · ".join(text for text in (self.prompt, *(shot.prompt for shot in self.shots or ())) if text)
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether a block step has an unconditional half, for both experts, as diffusers has it."""
+        return self.guidance_scale > 1
+
+    def as_request(self) -> GenerationRequest:
+        """The request that asks for these settings again."""
+        return GenerationRequest(**asked_again(self.model_dump(exclude_none=True)))
+
+
+def asked_again(values: dict[str, Any]) -> dict[str, Any]:
+    """Of the `values` of settings those that a request of the same has; a timeline's shots say how long it is. A picture is
+    known by its digest only and has to be given again."""
+    left_out = {*NOT_ASKED, "start_image", *(("latents_num",) if values.get("shots") else ())}
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+IN_PROMPT = {"shots"}  # what has no flag: it is written in the prompt
+NOT_ASKED = {"model", "left_context", "chosen"}  # of the fields of settings; they come of the engine and of the policy
+
+
+def _open_fields() -> dict[str, Any]:
+    """The fields of settings as those of a request: all but the prompt may be left out, and the length has three names."""
+    fields: dict[str, Any] = {"prompt": (str, Settings.model_fields["prompt"])}
+    for name, info in Settings.model_fields.items():
+        if name not in {*fields, *NOT_ASKED}:
+            kind: Any = Annotated[info.annotation, *info.metadata] if info.metadata else CHOSEN.get(name, info.annotation)
+            fields[name] = (kind | None, Field(None, description=info.description, json_schema_extra=info.json_schema_extra))
+        if name == "latents_num":
+            fields["num_frames"] = (int | None, Field(None, ge=1, le=400_000, description="length in video frames, 4k + 1"))
+            fields["seconds"] = (float | None, Field(None, gt=0, le=25_000, description="length in seconds"))
+    return fields
+
+
+_Open: Any = create_model("_Open", __base__=_Described, **_open_fields())
+
+
+class GenerationRequest(_Open):
+    """One video to make: the fields of `Settings`, of which all but the prompt may be None. The model's preset fills them.
+
+    Give the length once: `latents_num` (latent frames), `num_frames` (video frames, 4k + 1), `seconds` or `shots`. Lines of the
+    prompt that begin with a duration in brackets are shots (`dualparal.prompts`). With prompt_embeds the prompt is only what
+    people read.
+    """
+
+    def __init__(self, /, **values: Any) -> None:
+        if isinstance(text := values.get("prompt"), str):
+            values["prompt"], written = split_timeline(text)
+            if written and values.get("shots") is not None:
+                raise RequestError("shots are given and written in the prompt; give them once", "shots")
+            values |= {"shots": written} if written else {}
+        if values.get("shots"):
+            values.setdefault("prompt", "")
+        super().__init__(**values)
 
     @field_validator("num_frames")
     @classmethod
@@ -135,107 +234,96 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"must be 4k + 1; use {low} or {low + TEMPORAL_FACTOR}")
         return num_frames
 
-    @property
-    def is_resolved(self) -> bool:
-        """True when nothing is left to the preset."""
-        return all(getattr(self, name) is not None for name in type(self).model_fields if name not in OPTIONAL)
-
-    def resolve(self, preset: Preset, *, num_experts: int = 1, boundary_ratio: float | None = None) -> GenerationRequest:
-        """The same request with every field filled: own values first, then `preset`'s, then the checkpoint's.
-
-        `boundary_ratio` is the checkpoint's. The length becomes `latents_num`; a left-out seed is drawn. Raises
-        `RequestError` when a value is outside the preset's limits or the values do not fit each other.
-        """
-        fps = self.fps or preset.fps
-        values: dict[str, Any] = self.model_dump(exclude={"num_frames", "seconds"})
-        values["fps"] = fps
-        if self.num_frames is not None:
-            values["latents_num"] = (self.num_frames - 1) // TEMPORAL_FACTOR + 1
-        elif self.seconds is not None:
-            values["latents_num"] = latents_of_seconds(self.seconds, fps)
-        elif self.latents_num is None:
-            values["latents_num"] = latents_of_seconds(preset.seconds, fps)
-        if values["latents_num"] > MAX_LATENTS:
-            asked = "num_frames" if self.num_frames is not None else "seconds"
-            raise RequestError(
-                f"{asked}={getattr(self, asked) or preset.seconds:g} is {values['latents_num']} latent frames at {fps} fps; "
-                f"the limit is {MAX_LATENTS}, ask for a shorter video",
-                asked,
-            )
-        for name in PRESET_FIELDS:
-            if values[name] is None:
-                values[name] = getattr(preset, name)
-        if self.num_cat is None:
-            values["num_cat"] = min(preset.num_cat, values["num_per_block"])
-        if values["guidance_scale_2"] is None:
-            values["guidance_scale_2"] = values["guidance_scale"]
-        if values["boundary_ratio"] is None:
-            values["boundary_ratio"] = boundary_ratio
-        if num_experts == 1:
-            values["boundary_ratio"] = None
-        elif values["boundary_ratio"] is None:
-            raise RequestError(
-                "boundary_ratio is missing: the model has two experts and neither its preset nor its checkpoint says "
-                "where to switch; give boundary_ratio (0.875 for Wan2.2-T2V-A14B)",
-                "boundary_ratio",
-            )
-        if (self.cache_interval or 1) > 1:
-            values |= {name: value for name, value in STEP_CACHE.items() if values[name] is None}
-        if values["seed"] is None:
-            values["seed"] = secrets.randbelow(2**31)
-        resolved = GenerationRequest(**values)
-        preset.limits.check(resolved)
-        return resolved
-
-    def to_json(self) -> str:
-        """The fields that are set, as one JSON object (what `request.json` and the mp4's metadata hold)."""
-        return json.dumps(self.model_dump(exclude_none=True), ensure_ascii=False)
-
     @classmethod
     def from_json(cls, text: str) -> GenerationRequest:
-        """The inverse of `to_json`; raises `RequestError` for anything else."""
+        """The request that asks again for what `to_json` wrote of a request or of settings; raises `RequestError` for else."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError):
             raise RequestError("the stored settings are not JSON; they were not written by this program") from None
         if not isinstance(values, dict):
             raise RequestError("the stored settings are not a JSON object; they were not written by this program")
-        return cls(**values)
+        return cls(**asked_again(values))
 
 
-PRESET_FIELDS = (
-    "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "guidance_scale_2",
-    "boundary_ratio", "flow_shift", "num_per_block", "schedule", "context",
-)  # fmt: skip
-STEP_CACHE = {"cache_order": 1, "disable_cache_before_step": 3}  # where caching is on; as diffusers' TaylorSeerCacheConfig
-
-
-def _check_lengths(request: GenerationRequest) -> None:
-    given = [name for name in ("latents_num", "num_frames", "seconds") if getattr(request, name) is not None]
+def _check_together(found: Any) -> None:
+    """Raise `RequestError` when values that are given do not fit each other."""
+    _check_said(found)
+    given = [name for name in LENGTHS if name in type(found).model_fields and getattr(found, name) is not None]
     if len(given) > 1:
         raise RequestError(f"{' and '.join(given)} both give the length; give one of them", given[1])
-    per_block, num_cat = request.num_per_block, request.num_cat
+    if found.shots is not None:
+        _check_shots(found, given)
+    if found.start_image is not None:
+        _check_start(found)
+    per_block, num_cat = found.num_per_block, found.num_cat
     if per_block is not None and num_cat is not None and num_cat > per_block:
         raise RequestError(
-            f"num_cat={num_cat} is more than num_per_block={per_block}; use num_cat between 0 and {per_block}", "num_cat"
+            f"num_cat={num_cat} (the context) is more than num_per_block={per_block} (a block's latent frames); "
+            f"use num_cat between 0 and {per_block}",
+            "num_cat",
+        )
+    start, stop = found.guidance_start, found.guidance_stop
+    if start is not None and stop is not None and start > stop:
+        raise RequestError(
+            f"guidance_start={start:g} is after guidance_stop={stop:g}; use guidance_start between 0 and {stop:g}",
+            "guidance_start",
         )
 
 
-def _one_sentence(error: ValidationError) -> RequestError:
+def _check_said(found: Any) -> None:
+    """Raise `RequestError` for a request, or a shot of it, that says nothing."""
+    if found.shots is None and isinstance(found, GenerationRequest) and not found.prompt.strip():
+        raise RequestError(f"prompt={shown(found.prompt)}: the prompt is empty; say what the video should show", "prompt")
+    for number, shot in enumerate(found.shots or (), 1):
+        if not text_of_shot(found.prompt, shot):
+            raise RequestError(
+                f"shots: shot {number} says nothing, and neither does the film's prompt; say what it shows", "shots"
+            )
+
+
+def _check_shots(found: Any, given: Sequence[str]) -> None:
+    """Raise `RequestError` for shots that do not agree with the length: of a request there is none besides, and those of
+    settings are in latents."""
+    if isinstance(found, GenerationRequest):
+        if given:
+            raise RequestError(f"{given[0]} and the shots both give the length; leave {given[0]} out", given[0])
+    elif [shot.seconds for shot in found.shots] != [None] * len(found.shots) or found.latents_num != sum(
+        shot.latents_num for shot in found.shots
+    ):
+        raise RequestError(f"shots: they are not the {found.latents_num} latents of the film", "shots")
+
+
+def _check_start(found: Any) -> None:
+    """Raise `RequestError` for a picture with nothing after it, or that nobody would see."""
+    if found.num_cat == 0:
+        raise RequestError("start_image: with num_cat=0 no block would see the picture; use at least 1", "start_image")
+    first = found.shots[0].latents_num if found.shots else found.latents_num
+    if first == 1 or (not found.shots and getattr(found, "num_frames", None) == 1):
+        what = "the first shot" if found.shots else "the film"
+        raise RequestError(
+            f"start_image: the picture is the first of {what}'s latent frames, and there is no other; make it longer",
+            "start_image",
+        )
+
+
+def _one_sentence(error: ValidationError, kind: type[BaseModel]) -> RequestError:
     """The first of pydantic's findings as: field=value: what is wrong (what the field is)."""
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda found: found["type"] == "missing")  # a wrong value says more than a missing one
     field = str(first["loc"][0]) if first["loc"] else "request"
     if first["type"] == "extra_forbidden":
-        known = list(GenerationRequest.model_fields)
+        known = list(kind.model_fields)
         near = nearest(field, known)
         name = field if field.isidentifier() and len(field) <= 60 else shown(field)
         return RequestError(
             f"{name} is not a field of a request; did you mean {near}? (known fields: {', '.join(known)})", name
         )
     if first["type"] == "missing":
-        return RequestError(f"{field} is missing: {_describe(field)}", field)
+        return RequestError(f"{field} is missing: {_describe(field, kind)}", field)
+    if isinstance(cause := first.get("ctx", {}).get("error"), RequestError):
+        return cause
     what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return RequestError(f"{field}={shown(first['input'])}: {what} ({_describe(field)})", field)
+    return RequestError(f"{field}={shown(first['input'])}: {what} ({_describe(field, kind)})", field)
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
@@ -244,15 +332,6 @@ def nearest(key: str, known: Sequence[str]) -> str:
     return longer[0] if longer else difflib.get_close_matches(key[:100], known, n=1, cutoff=0.0)[0]
 
 
-def shown(value: object) -> str:
-    """A value as one short printable piece of a sentence."""
-    try:
-        text = repr(value)  # escapes whatever cannot be printed
-    except ValueError:  # an integer of more than 4300 digits
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _describe(field: str) -> str:
-    info = GenerationRequest.model_fields.get(field)
+def _describe(field: str, kind: type[BaseModel]) -> str:
+    info = kind.model_fields.get(field)
     return info.description if info and info.description else field

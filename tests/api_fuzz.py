@@ -1,4 +1,4 @@
-"""Requests that nobody should send, sent to a page in front of the fake engine, and what must hold whatever they are.
+"""Requests that nobody should send, sent to a page of an engine with fake workers, and what must hold whatever they are.
 
 `calls()` draws them (hypothesis); `Fuzzer.send` sends a handful at once through Gradio's own routes and raises AssertionError
 when an answer shows the inside of the server, when something refused leaves a job behind, or when the server is no longer well.
@@ -16,15 +16,19 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+from gradio.utils import get_upload_folder
 from hypothesis import strategies as st
 
+from dualparal.planning.calibration import cache_folder
 from dualparal.ui.api import Calls
 from dualparal.ui.studio import Studio
 from tests.page_server import DEADLINE_S, Server
 
+ROOT = Path(__file__).resolve().parents[1]
 ROUTES = "gradio_api"
 NEVER_SHOWN = re.compile(r'Traceback \(most|File "/|site-packages|, line \d+, in |<locals>| object at 0x')
 MAX_REFUSAL = 70_000  # characters; one that repeats a long input is long
@@ -182,6 +186,7 @@ class Fuzzer:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.engine = server.engine
+        self.never_told = [str(path) for path in (self.engine.outputs, cache_folder(), ROOT, get_upload_folder())]
         self.counts: Counter[str] = Counter()
         self._sessions = itertools.count()
         self._runner = asyncio.Runner()
@@ -191,7 +196,7 @@ class Fuzzer:
         self._faults = Faults()
         logging.getLogger("dualparal").addHandler(self._faults)
         config = httpx.get(f"{server.url}config", timeout=DEADLINE_S).json()
-        endpoints = Calls(Studio(self.engine)).endpoints()  # type: ignore[arg-type]
+        endpoints = Calls(Studio(self.engine)).endpoints()
         parameters = {name: _names(function) for name, function in endpoints.items()}
         numbers = {d["api_name"]: d["id"] for d in config["dependencies"] if d["api_name"] in endpoints}
         begun = server.client.predict(prompt="somebody else's", owner="a secret", seconds=1, api_name="/submit")
@@ -207,8 +212,8 @@ class Fuzzer:
     def send(self, batch: Sequence[Wire]) -> None:
         """Send `batch` at once, then look at the answers and at what is left."""
         before = self._folders()
-        told = self._runner.run(self._all(batch))
-        accepted = {job_id for answer in told for job_id in answer}
+        reported = self._runner.run(self._all(batch))
+        accepted = {job_id for answer in reported for job_id in answer}
         new = self._folders() - before
         assert new == accepted, f"folders of jobs nobody was told of: {new - accepted}; told and not there: {accepted - new}"
         for job in self.engine.jobs():
@@ -254,7 +259,7 @@ class Fuzzer:
             self.counts["cut off"] += 1
             return set()
         self.counts[f"{answer.status_code}"] += 1
-        self._judge(wire, answer.status_code, answer.text)
+        self._judge(wire, answer.status_code, answer.text, is_refusal=answer.status_code >= 400)
         event_id = _field(answer, "event_id")
         if event_id is None:
             return set()
@@ -265,9 +270,11 @@ class Fuzzer:
     async def _follow(self, wire: Wire, path: str) -> set[str]:
         """Read an event's answers until its end; a job that was taken is stopped at once."""
         found: set[str] = set()
+        is_refusal = False
         async with self._http.stream("GET", path) as stream:
             async for line in stream.aiter_lines():
-                self._judge(wire, stream.status_code, line)
+                is_refusal = line.startswith("event: error") or '"success":false' in line or (is_refusal and line != "")
+                self._judge(wire, stream.status_code, line, is_refusal=is_refusal or stream.status_code >= 400)
                 for job_id in re.findall(r'"job_id": ?"([0-9a-f-]+)"', line) if wire.endpoint in JOB_TAKERS else ():
                     found.add(job_id)
                     if (job := self.engine.job(job_id)) is not None:
@@ -280,9 +287,13 @@ class Fuzzer:
                     assert self.foreign not in line or "there is no job" in line, f"{wire!r} was told of a foreign job: {line}"
         return found
 
-    def _judge(self, wire: Wire, status: int, text: str) -> None:
+    def _judge(self, wire: Wire, status: int, text: str, *, is_refusal: bool) -> None:
         assert status < 500 or status == 503, f"{wire!r} was answered with {status} {text[:500]!r}"
         assert not NEVER_SHOWN.search(text), f"{wire!r} was answered with {text[:2000]!r}"
+        if is_refusal:
+            self.counts["refusals"] += 1
+            reported = [path for path in self.never_told if path in text and path.encode() not in (wire.body or b"")]
+            assert not reported, f"{wire!r} was told of {reported}: {text[:2000]!r}"
         if status >= 400:
             assert len(text) < MAX_REFUSAL, f"{wire!r} was refused with {len(text)} characters"
 

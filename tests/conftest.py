@@ -6,11 +6,16 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from dualparal import Engine
+    from tests.fake_group import GroupLog
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -136,3 +141,32 @@ def leaves_nothing(private_tmp: Path) -> Iterator[None]:
         return psutil.Process().num_fds() <= num_open + 2  # the resource tracker's pipe is opened once
 
     assert wait_until(is_tidy), "open files or pipes were left behind"
+
+
+# Engines without processes, for tests of what happens around the workers.
+
+
+@pytest.fixture
+def group_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[GroupLog]:
+    from tests.fake_group import fake_groups
+
+    with fake_groups(monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def make(request: pytest.FixtureRequest, tmp_path: Path, group_log: GroupLog) -> Iterator[Callable[..., Engine]]:
+    """Makes engines, of the tiny model if nothing else is asked for, and closes them."""
+    from dualparal import Engine
+
+    made: list[Engine] = []
+
+    def engine(model: Path | str | None = None, **options: Any) -> Engine:
+        model = model or request.getfixturevalue("tiny")
+        made.append(Engine(model, **{"outputs": tmp_path / "outputs", "device": "cpu", "threads": 1, **options}))
+        return made[-1]
+
+    yield engine
+    group_log.let_go.set()
+    for one in made:
+        one.close()

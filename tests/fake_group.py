@@ -1,54 +1,59 @@
-"""A worker group without processes: the front end's side of the engine at full speed, with deaths on command.
+"""A worker group without processes: the engine and the page at full speed, with faults on command.
 
-It runs jobs in a thread and sends what real workers send. A job's prompt says what happens: "die" kills a worker halfway, "die
-once" only the first time, "slow" waits to be stopped, "stuck" hangs in the codec.
+It speaks the real messages and writes real videos through the codec's writer. Words in a job's prompt say what happens to it:
+"slow" waits at `slow_at` finished blocks, "die" kills a worker halfway, "die once" only the first time, "fail" ends the job
+halfway, "stuck" hangs in the codec. Everything else that a test can do is in `GroupLog`. Knows no torch.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import queue
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from dualparal.events import BlockReady, Progress, Started
-from dualparal.media.writer import VideoWriter
-from dualparal.runtime import replica
-from dualparal.runtime.messages import (
+from dualparal.engine import comparer, replica
+from dualparal.engine.engine import Engine
+from dualparal.messages import (
     Beat,
     CancelJob,
     Denoised,
+    JobError,
     Ready,
     RunJob,
     Shutdown,
-    VideoClosed,
+    Steer,
     WorkerError,
     WorkerOptions,
 )
+from tests.fake_job import JobUnderWay
 
-NUM_BLOCKS = 4
+FOUR_BLOCKS = {"latents_num": 4, "num_per_block": 1, "num_cat": 0, "num_inference_steps": 2, "height": 32, "width": 32}
+NUM_BLOCKS, NUM_FRAMES, HALF_THE_FRAMES = 4, 13, 5  # of a request for `FOUR_BLOCKS`
+NO_MEMORY = "rank 0 ran out of memory: 812 MiB asked for, 95 MiB free; ask for a smaller num_per_block"
+Make = Callable[..., Engine]
 
 
-class Notebook:
-    """What all groups of a test did."""
+class GroupLog:
+    """What all groups of a test did, and what they are to do; everything may be changed at any time."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.runs: list[RunJob] = []
         self.groups: list[FakeGroup] = []
+        self.item_s = 0.0  # of a block step
+        self.slow_at: float = 2  # "slow" jobs go no further than so many finished blocks
+        self.let_go = threading.Event()  # they go on
+        self.can_load = threading.Event()  # until it is set, groups that start do not become ready
+        self.can_load.set()
         self.refuses_to_start = 0  # so many groups die before they are ready
         self.start_errors: list[WorkerError] = []  # so many groups end with these before they are ready
         self.dead_replicas: set[str] = set()  # devices of groups that never start
-        self.let_go = threading.Event()  # "slow" jobs go on
-        self.slow_at = 2  # the block before which they wait
         self.is_deaf = False  # stops are not heard
 
     def names(self) -> list[str]:
@@ -58,18 +63,22 @@ class Notebook:
 
 
 class FakeGroup:
-    notebook: Notebook
+    """In place of `WorkerGroup`: a thread for rank 0 and the codec, words for the other ranks."""
+
+    notebook: GroupLog
+    names: tuple[str, ...] = ()  # other workers than an engine's
 
     missing: tuple[str, ...] = ()
     far: tuple[str, ...] = ()
 
-    def __init__(self, options: WorkerOptions, gate: None = None) -> None:
+    def __init__(self, options: WorkerOptions, listener: None = None) -> None:
         self.options = options
-        self.processes: dict[str, Any] = {"rank 0": None, "codec": None}
+        self.processes: dict[str, Any] = dict.fromkeys(self.names or [f"rank {r}" for r in range(options.ranks)] + ["codec"])
         self.requests: queue.Queue[Any] = queue.Queue()
         self._out: queue.Queue[Any] = queue.Queue()
         self._dead: str | None = None
         self._stopped: set[str] = set()
+        self._beats_at_s: float | None = None  # None: it is loading
         self.is_closed = False
         with self.notebook.lock:
             self.notebook.groups.append(self)
@@ -78,14 +87,18 @@ class FakeGroup:
             errors = self.notebook.start_errors
             error = errors.pop(0) if errors and not cannot else None
         if error is not None:
-            self._out.put(error)
+            self.say(error)
         elif cannot:
-            self._dead = "rank 0"
+            self.kill()
         else:
             threading.Thread(target=self._work, daemon=True).start()
 
+    # For the replica
+
     def receive(self, timeout_s: float, also: list[Any]) -> tuple[list[Any], list[str], bool]:
         deadline_s = time.monotonic() + min(timeout_s, 0.3)
+        if self._beats_at_s is not None and time.monotonic() > self._beats_at_s:
+            self._beat()
         while time.monotonic() < deadline_s:
             found, dead = [], self._dead  # looked at first: a dead worker's last messages come before its name
             while not self._out.empty():
@@ -99,6 +112,9 @@ class FakeGroup:
     def describe_end(self, name: str) -> str:
         return f"{name} was killed by SIGKILL (out of memory, or killed by hand)"
 
+    def was_killed(self, name: str) -> bool:
+        return name == self._dead
+
     def share_port(self, message: object) -> None:
         raise AssertionError("there is no ring here")
 
@@ -106,61 +122,91 @@ class FakeGroup:
         self.is_closed = True
         self.requests.put(Shutdown())
 
+    # For tests
+
     def kill(self) -> None:
-        self._dead = "rank 0"
+        """As if the first worker had been killed."""
+        self._dead = next(iter(self.processes))
+
+    def say(self, message: object) -> None:
+        """Send a message to the front end."""
+        self._out.put(message)
+
+    # The workers
 
     def _work(self) -> None:
+        while not self.notebook.can_load.wait(0.01):
+            if self._is_gone():
+                return
         for name in self.processes:
-            self._out.put(Ready(name, {"pid": 0}))
-            self._out.put(Beat(name, resident_bytes=2**20))
+            self.say(Ready(name, {"pid": 0}))
+        self._beat()
         while not isinstance(message := self.requests.get(), Shutdown):
-            if isinstance(message, RunJob):
+            if isinstance(message, RunJob):  # a stop that comes too late is not for the next run of that job
                 with self.notebook.lock:
-                    num_before = sum(run.job_id == message.job_id for run in self.notebook.runs)
+                    is_first = all(run.job_id != message.job_id for run in self.notebook.runs)
                     self.notebook.runs.append(message)
-                self._run(message, num_before)
-            elif isinstance(message, CancelJob):
-                self._stopped.add(message.job_id)
+                self._run(message, is_first)
+                self._stopped.discard(message.job_id)
 
-    def _run(self, run: RunJob, num_before: int) -> None:
-        prompt, job_id = run.request.prompt, run.job_id
-        self._out.put(Started(job_id=job_id, num_blocks=NUM_BLOCKS, num_items=NUM_BLOCKS, num_frames=4 * NUM_BLOCKS))
-        num_made = 0
-        for block in range(NUM_BLOCKS):
-            if self._dead or self.is_closed:
+    def _beat(self) -> None:
+        self._beats_at_s = time.monotonic() + 1.0
+        for name in self.processes:
+            self.say(Beat(name, resident_bytes=2**20))
+
+    def _is_gone(self) -> bool:
+        return self._dead is not None or self.is_closed
+
+    def _run(self, run: RunJob, is_first: bool) -> None:
+        """One job from its prompt to its video. Whatever the disk refuses ends the job alone, as in the codec."""
+        try:
+            job = JobUnderWay(run, self.options.ranks, self.say)
+            is_stopped = False
+            for place in itertools.count():
+                is_stopped = self._is_stopped(run.job_id, lambda wish: job.steer(wish, place))  # noqa: B023
+                if place == len(job.items):
+                    break
+                item = job.items[place]
+                if is_stopped or self._is_gone():
+                    break
+                if job.step(item, self.notebook.item_s):
+                    job.add_block(item.block)
+                    self._meet_fate(job, is_first)
+                    if self._is_gone() or job.has_failed:
+                        break
+            if self._is_gone():
                 return
-            if "slow" in prompt and block == self.notebook.slow_at:
-                while not self.notebook.let_go.wait(0.002) and not self._take_stops(job_id) and not self._dead:
-                    if self.is_closed:
-                        return
-            if ("die" in prompt and block == 2) and not ("once" in prompt and num_before):
-                self._dead = "rank 0"
+            self.say(Denoised(run.job_id))
+            if "stuck" in run.request.prompt:
+                self.say(Beat("codec", step="decoding block 1", busy_s=self.options.engine.timeout_s + 1))
+            elif not job.has_failed:
+                self.say(job.close(is_stopped))
+        except (OSError, ValueError) as error:
+            self.say(JobError(run.job_id, "OutputError", str(error)))
+            self.say(Denoised(run.job_id))
+
+    def _meet_fate(self, job: JobUnderWay, is_first: bool) -> None:
+        """After a block: what the prompt says."""
+        prompt, notebook = job.run.request.prompt, self.notebook
+        while "slow" in prompt and job.num_made >= notebook.slow_at and not notebook.let_go.wait(0.002):
+            if self._is_gone() or self._is_stopped(job.run.job_id):
                 return
-            if self._take_stops(job_id):
-                break
-            path = Path(run.folder) / f"block_{block:04d}.ts"
-            path.write_bytes(b"G" * 188)
-            num_made += 1
-            self._out.put(Progress(job_id=job_id, items_done=block + 1, num_items=NUM_BLOCKS, num_steps=1, block_steps=(1,)))
-            self._out.put(
-                BlockReady(job_id=job_id, block=block, path=str(path), first_frame=4 * block, num_frames=4, duration_s=0.25)
-            )
-        is_stopped = job_id in self._stopped
-        self._stopped.discard(job_id)
-        self._out.put(Denoised(job_id))
-        if "stuck" in prompt:
-            self._out.put(Beat("codec", step="decoding block 1", busy_s=self.options.timeout_s + 1))
+        if job.num_made != (job.plan.num_blocks + 1) // 2:
             return
-        video = Path(run.folder) / "video.mp4"
-        video.write_bytes(_some_video())
-        self._out.put(VideoClosed(job_id, is_stopped, str(video), 4 * num_made, {"denoise_s": 0.5}, None))
+        if "die" in prompt and (is_first or "once" not in prompt):
+            self.kill()
+        elif "fail" in prompt:
+            job.has_failed = True
+            self.say(JobError(job.run.job_id, "OutOfMemory", NO_MEMORY))
 
-    def _take_stops(self, job_id: str) -> bool:
+    def _is_stopped(self, job_id: str, steer: Callable[[Steer], None] = lambda wish: None) -> bool:
         while not self.requests.empty():
             message = self.requests.get()
             if isinstance(message, CancelJob):
                 if not self.notebook.is_deaf:
                     self._stopped.add(message.job_id)
+            elif isinstance(message, Steer):
+                steer(message)
             else:
                 self.requests.put(message)
                 break
@@ -168,31 +214,13 @@ class FakeGroup:
 
 
 @contextmanager
-def fake_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notebook]:
+def fake_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[GroupLog]:
     """Engines made meanwhile have no processes; yields what they did."""
-    notebook = Notebook()
+    notebook = GroupLog()
     group = type("FakeGroup", (FakeGroup,), {"notebook": notebook})
     monkeypatch.setattr(replica, "WorkerGroup", group)
+    monkeypatch.setattr(comparer, "BaselineGroup", type("FakeBaselineGroup", (group,), {"names": ("baseline",)}))
     monkeypatch.setattr(replica, "PAUSE_AFTER_FAILED_START_S", 0.01)
     monkeypatch.setattr(replica, "MAX_PAUSE_S", 0.01)
-    monkeypatch.setattr("dualparal.runtime.ending.join_finished", _joined)
-    monkeypatch.setattr("dualparal.runtime.dispatcher.join_finished", _joined)
-    monkeypatch.setattr("dualparal.runtime.replica.join_finished", _joined)
     yield notebook
     notebook.let_go.set()
-
-
-@functools.cache
-def _some_video() -> bytes:
-    """Of as many frames as a whole job has."""
-    with tempfile.TemporaryDirectory() as folder:
-        writer = VideoWriter(Path(folder), width=32, height=32, fps=16)
-        writer.add_block(np.zeros((4 * NUM_BLOCKS, 32, 32, 3), np.uint8))
-        path = writer.finish("{}")
-        assert path is not None
-        return path.read_bytes()
-
-
-def _joined(job: Any) -> tuple[str | None, int]:
-    blocks = job.view().blocks
-    return (str(job.folder.video), sum(b.num_frames for b in blocks)) if blocks else (None, 0)

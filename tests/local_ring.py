@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import queue
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dualparal.core.noise import coordinated_noise
-from dualparal.core.plan import BlockPlan
-from dualparal.core.sampler import SamplerFactory
-from dualparal.core.schedule import Rules, make_schedule
-from dualparal.model.layout import Checkpoint, split_layers
-from dualparal.model.stage import JobShape, Stage, Tails
-from dualparal.runtime.coordinator import Denoiser
-from dualparal.runtime.kept_caches import read_caches
-from dualparal.runtime.stage_worker import SpanLog, run_stage
-from dualparal.runtime.state import SweepState
+from dualparal.method.noise import Ghost, coordinated_noise
+from dualparal.method.plan import BlockPlan
+from dualparal.method.sampler import SamplerFactory
+from dualparal.method.schedule import Rules, make_schedule
+from dualparal.model.layout import Checkpoint
+from dualparal.model.stage import JobShape, Stage
+from dualparal.planning.layer_split import split_layers
+from dualparal.request import SolverName
+from dualparal.ring.denoiser import Denoiser
+from dualparal.ring.saved_sweeps import SweepState
+from dualparal.ring.stage_loop import SpanLog, run_stage
+from dualparal.ring.texts import TextTrips
 
 DEADLINE_S = 120
 
@@ -99,34 +100,42 @@ def denoise_in_threads(
     guidance: tuple[float, float] = (5.0, 5.0),
     boundary_ratio: float | None = None,
     flow_shift: float = 3.0,
+    solver: SolverName = "unipc",
     seed: int = 0,
     size: tuple[int, int] = (4, 4),
     ranks: int = 1,
     layer_split: Sequence[int] | None = None,
     delay_seed: int | None = None,
     stop_after: int | None = None,
+    may_end: bool = False,
     noise: Sequence[torch.Tensor] | None = None,
     rules: Rules | None = None,
     saver: Any = None,
-    save_caches: Callable[[Stage, int, int, Tails], None] = lambda stage, rank, sweep, tails: None,
+    looks: Any = None,
     resume: SweepState | None = None,
-    caches: Path | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     is_nccl: bool = False,
+    scenes: Sequence[Sequence[int]] | None = None,
+    num_known: int | None = None,
+    ghost: torch.Tensor | None = None,
     **options: Any,
 ) -> dict[int, torch.Tensor]:
-    """Latents of each finished block. `texts[i]`: guidance halves of text i; `stop_after` items the job is stopped;
-    `save_caches` takes (stage, rank, sweep, K/V) of every rank but 0 at saved borders, `caches` is a folder of such files to
-    `resume` with; `is_nccl`: receives are posted as on GPUs; `options` are the stages' own (LoRAs, attention)."""
+    """Latents of each finished block. `scenes`: latents of each scene's shots. `texts[i]`: guidance halves of text i, of which
+    the first `num_known` are announced and the others travel; `stop_after` items the job is stopped (`may_end`:
+    or ends before); `is_nccl`: receives are posted as on GPUs; `ghost`: one latent before block 0; `options` are the
+    stages' own (LoRAs, attention)."""
     checkpoint = Checkpoint(folder)
     stages = stages_of(checkpoint, ranks, layer_split, dtype, device, **options)
-    plan = BlockPlan.of(latents_num, num_per_block, num_cat)
-    samplers = SamplerFactory(checkpoint.config("scheduler"), num_steps=steps, flow_shift=flow_shift, device=device)
+    plan = BlockPlan.of(latents_num + (ghost is not None), num_per_block, num_cat, picture=ghost is not None)
+    if scenes is not None:
+        plan = BlockPlan.of_scenes(scenes, num_per_block, num_cat)
+    config = checkpoint.config("scheduler")
+    samplers = SamplerFactory(config, num_steps=steps, flow_shift=flow_shift, device=device, solver=solver)
     experts = samplers.experts(boundary_ratio)
     schedule = make_schedule(rules or Rules(), plan, experts)
     shape = JobShape(*size, len(texts[0]), guidance, tuple(text_of_block or (0,) * plan.num_blocks))
-    conditions = stages[0].embed_conditions(samplers.timesteps, texts)
+    conditions = stages[0].embed_conditions(samplers.timesteps, texts[:num_known])
     channels: list[queue.Queue[torch.Tensor]] = [queue.Queue() for _ in range(ranks)]
     delays = random.Random(delay_seed) if delay_seed is not None else None
     links = [LocalLinks(rank, ranks, channels, delays, is_nccl) for rank in range(ranks)]
@@ -141,35 +150,38 @@ def denoise_in_threads(
         stages[0], links[0], schedule, samplers, iter(noise),
         is_stopped=lambda: stop_after is not None and next(launched) >= stop_after,
         on_step=done.append, on_block=lambda b, x: blocks.update({b: x.cpu()}), spans=SpanLog("stage 0", lambda _: None),
-        saver=saver,
+        saver=saver, looks=looks, trips=TextTrips(shape, schedule, conditions),
+        say=lambda text: stages[0].embed_text(texts[text][0]),
+        ghost=None if ghost is None else Ghost(ghost, seed, samplers.sigmas),
     )  # fmt: skip
     if resume is not None:
         denoiser.restore(resume)
-    if resume is not None and caches is not None:
-        for stage in stages:
-            stage.restore_tails(read_caches(caches, resume.sweep, stage.layers))
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
             spans = SpanLog(f"stage {rank}", lambda _: None)
             start = resume.next_index if resume else 0
-            save = functools.partial(save_caches, stages[rank], rank)
-            run_stage(stages[rank], links[rank], schedule, spans, start=start, save=save)
+            run_stage(stages[rank], links[rank], schedule, spans, TextTrips(shape, schedule, conditions), start=start)
         except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(1, ranks)]
     for thread in threads:
         thread.start()
-    finished = denoiser.run()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-    assert not errors, errors
-    assert not any(thread.is_alive() for thread in threads)
-    assert all(channel.empty() for channel in channels), "a message was sent that nobody expected"
-    assert finished == (stop_after is None or stop_after >= len(schedule.items))
-    assert (not denoiser._tails and not denoiser._heads) or not finished, "context was kept that nobody asked for"
+    try:
+        finished = denoiser.run()
+    finally:
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        assert not errors, errors
+        assert not any(thread.is_alive() for thread in threads)
+        assert all(channel.empty() for channel in channels), "a message was sent that nobody expected"
+    assert may_end or finished == (stop_after is None or stop_after >= len(schedule.items))
+    assert (not denoiser._ends.tails and not denoiser._ends.heads) or not finished, "context was kept that nobody asked for"
     for stage in stages:
+        if finished:
+            assert not any(cross._key_values for crosses in stage._crosses for cross in crosses), "K and V of a text were kept"
+            assert all(len(heard) == len(conditions[0].texts) for heard in stage._texts), "a text was kept"
         stage.end()
     return blocks

@@ -1,4 +1,4 @@
-"""A page in front of a fake engine on a free port, and what Gradio's own code needs excused where warnings are errors."""
+"""A page over fake workers on a free port, and what Gradio's own code needs excused where warnings are errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,22 @@ import gradio as gr
 import pytest
 from gradio_client import Client
 
+from dualparal.engine.engine import Engine
+from dualparal.presets import Limits, Preset
+from dualparal.ui.http.sites import Sites
 from dualparal.ui.serve import launch
 from dualparal.ui.studio import Studio
-from tests.fakes import FakeEngine
+from tests.fake_group import fake_groups
 
 DEADLINE_S = 120
+PAGE_PRESET = Preset(
+    schedule="paper", context="recomputed",
+    name="pocket", title="Pocket Wan · 96×96", model="pocket", hardware="any CPU", dtype="float32", seconds=4.0,
+    height=96, width=96, num_inference_steps=12, guidance_scale=4.0, flow_shift=3.0, num_per_block=4, num_cat=2,
+    examples=("a red circle bouncing on a navy background", "two green squares drifting apart on sand"),
+    limits=Limits(seconds=120, num_inference_steps=60, num_per_block=32, pixels=512 * 512),
+)  # fmt: skip
+ON_PAGE: dict[str, Any] = {"model": "pocket", "preset": PAGE_PRESET, "ranks": 2, "device": "cpu", "threads": 1}
 GRADIO_WARNINGS = [
     # gradio_client leaves its event stream's socket to the collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -31,11 +42,20 @@ GRADIO_WARNINGS = [
 
 
 class Server:
-    """A page on a free port with a client of its own."""
+    """A page on a free port with a client of its own; `groups` steers the engine's workers, and `options` are the engine's."""
 
-    def __init__(self, outputs: Path, auth: list[tuple[str, str]] | None = None, **engine: Any) -> None:
-        self.engine = FakeEngine(outputs=outputs, **engine).start(wait=False)
-        self.page: gr.Blocks = launch(Studio(self.engine), quiet=True, auth=auth)  # type: ignore[arg-type]
+    def __init__(
+        self, outputs: Path, auth: list[tuple[str, str]] | None = None, sites: Sites | None = None, *,
+        item_s: float = 0.02, can_load: bool = True, **options: Any,
+    ) -> None:  # fmt: skip
+        self._life = contextlib.ExitStack()
+        self.groups = self._life.enter_context(fake_groups(self._life.enter_context(pytest.MonkeyPatch.context())))
+        self.groups.item_s = item_s
+        if not can_load:
+            self.groups.can_load.clear()
+        self.engine = Engine(**{**ON_PAGE, "outputs": outputs, **options}).start(wait=False)
+        self.studio = Studio(self.engine)
+        self.page: gr.Blocks = launch(self.studio, quiet=True, auth=auth, sites=sites)  # type: ignore[arg-type]
         self.url = str(self.page.local_url)
         self.client = self.new_client(auth=auth[0] if auth else None)
 
@@ -46,6 +66,7 @@ class Server:
         self.client.close()
         self.page.close(verbose=False)
         self.engine.close()
+        self._life.close()
         del self.page, self.client
         tidy_up()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dualparal.core.schedule import Rules
+from dualparal.method.schedule import Rules
 
 TEXT_DIM = 32
 
@@ -29,6 +29,9 @@ def joined(blocks: dict[int, torch.Tensor]) -> torch.Tensor:
 
 def as_said(rules: Rules) -> dict[str, Any]:
     """What the twin is told of a schedule's rules; micro-batches are the engine's own affair."""
-    said = {name: getattr(rules, name) for name in ("policy", "context", "max_in_flight", "stagger", "guided_steps")}
+    said = {
+        name: getattr(rules, name)
+        for name in ("left_context", "context", "max_in_flight", "stagger", "guided_steps", "refresh")
+    }
     cache = rules.step_cache
     return {**said, "step_cache": cache and (cache.interval, cache.max_order, cache.before, cache.after)}

@@ -7,6 +7,7 @@ rotary angles and the scheduler.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -14,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from torch import Tensor
 
 
@@ -40,24 +46,36 @@ class Twin:
         guidance: tuple[float, float] = (5.0, 5.0),
         boundary_ratio: float | None = None,
         flow_shift: float = 3.0,
+        solver: str = "unipc",
         seed: int = 0,
         size: tuple[int, int] = (4, 4),
-        policy: str = "paper",
         context: str = "recomputed",
-        max_in_flight: int = 1,
+        left_context: str = "latest",
+        max_in_flight: int = 10**9,
         stagger: int = 1,
         guided_steps: tuple[int, int] | None = None,
         step_cache: tuple[int, int, int, int | None] | None = None,
+        refresh: int = 0,
+        scenes: Sequence[Sequence[int]] | None = None,
+        ghost: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Final latents of each block. `texts[i]` is [conditional] or [conditional, unconditional] embeddings.
 
         `step_cache`: interval, order, number of first steps computed in every mode, step from which on all are (the last is).
+        `refresh`: after so many sweeps in which nothing is skipped, the next such one in which no block with more steps to come
+        has lost its left neighbour recomputes all left context; the first such one at all after `steps` more. `scenes`: the
+        latents of each scene's shots. `ghost`: latents before the first block, which is then no longer than others.
         """
-        lengths = block_lengths(latents_num, num_per_block, num_cat)
+        lengths, cuts = block_lengths(latents_num, num_per_block, num_cat), [0]
+        if scenes is not None:
+            lengths, later = scene_lengths(scenes, num_per_block, num_cat)
+            cuts += later  # blocks that nothing precedes
+        elif ghost is not None:
+            lengths = [min(num_per_block, latents_num - at) for at in range(0, latents_num, num_per_block)]
         num_blocks = len(lengths)
         channels = self.experts[0].config.in_channels
-        now = dict(enumerate(initial_noise(lengths, num_per_block, num_cat, (channels, *size), seed)))
-        schedulers = {block: self._scheduler(steps, flow_shift) for block in range(num_blocks)}
+        now = dict(enumerate(initial_noise(lengths, num_per_block, num_cat, (channels, *size), seed, cuts)))
+        schedulers = {block: self._scheduler(solver, steps, flow_shift) for block in range(num_blocks)}
         timesteps = schedulers[0].timesteps
         done = dict.fromkeys(range(num_blocks), 0)  # steps done by each block
 
@@ -69,28 +87,36 @@ class Twin:
 
         sweep = 0
         entered = 0
+        whole_sweeps = 0  # in which nothing was skipped, since the last refresh
         while any(count < steps for count in done.values()):
             unfinished = [block for block in range(entered) if done[block] < steps]
-            may_enter = entered < num_blocks
-            if policy == "preview":
-                may_enter = may_enter and len(unfinished) < max_in_flight
-                may_enter = may_enter and (entered == 0 or done[entered - 1] >= min(stagger, steps))
-            if may_enter:
+            is_far_ahead = entered == 0 or done[entered - 1] >= min(stagger, steps)
+            if entered < num_blocks and len(unfinished) < max_in_flight and is_far_ahead:
                 entered += 1
             in_flight = [block for block in range(entered) if done[block] < steps]
             before = {block: now[block].clone() for block in range(num_blocks)}  # all latents as this sweep finds them
             ran_on: dict[int, Any] = {}  # block -> mode (expert, whether guided), in this sweep
             memory: dict[Any, tuple[Tensor, Tensor]] = {}  # (block, layer, expert, half) -> K, V left in this sweep
-            for block in sorted(in_flight, reverse=True):
+            modes: dict[int, Any] = {}
+            skipping: list[int] = []
+            for block in in_flight:
                 t = timesteps[done[block]]
-                expert = 0
-                if boundary_ratio is not None and t < boundary_ratio * schedulers[block].config.num_train_timesteps:
-                    expert = 1
-                guided = guided_steps is None or guided_steps[0] <= done[block] < guided_steps[1]
-                mode = (expert, guided)
-                if last_mode.get(block) != mode:
-                    last_mode[block], known[block], in_mode[block] = mode, [], 0
+                low = boundary_ratio is not None and t < boundary_ratio * schedulers[block].config.num_train_timesteps
+                modes[block] = (int(low), guided_steps is None or guided_steps[0] <= done[block] < guided_steps[1])
+                if last_mode.get(block) != modes[block]:
+                    last_mode[block], known[block], in_mode[block] = modes[block], [], 0
                 if step_cache is not None and is_skipped(step_cache, sweep, done[block], in_mode[block], steps):
+                    skipping.append(block)
+            if not skipping:
+                lost = [b for b in in_flight if b not in cuts and b - 1 not in in_flight and done[b] < steps - 1]
+                if refresh > 0 and (whole_sweeps >= refresh + steps or (whole_sweeps >= refresh and not lost)):
+                    last_pass.clear()
+                    whole_sweeps = 0
+                whole_sweeps += 1
+            for block in sorted(in_flight, reverse=True):
+                t, mode = timesteps[done[block]], modes[block]
+                expert, guided = mode
+                if block in skipping:
                     prediction = extrapolated(known[block], done[block], step_cache[1])
                     step = schedulers[block].step(prediction, t, now[block].clone(), return_dict=False)
                     now[block] = step[0].clone()
@@ -99,13 +125,16 @@ class Twin:
                     history[block, done[block]] = now[block].clone()
                     continue
                 left, left_pass = None, None
-                if block > 0 and num_cat > 0:
-                    seen = before[block - 1] if policy == "paper" else history[block - 1, done[block]]
+                if block not in cuts and num_cat > 0:
+                    seen = before[block - 1] if left_context == "latest" else history[block - 1, done[block]]
                     left = seen[:, :, max(0, lengths[block - 1] - num_cat) :]
-                    if context == "cached" and last_pass[block - 1, 0, 0][0] == mode:
+                    if context == "cached" and (block - 1, 0, 0) in last_pass and last_pass[block - 1, 0, 0][0] == mode:
                         left, left_pass = None, block - 1
+                if block == 0 and ghost is not None:
+                    sigma = float(schedulers[block].sigmas[done[block]])
+                    left = (1 - sigma) * ghost + sigma * ghost_noise(seed, done[block], ghost.shape)
                 right, has_cache = None, False
-                if num_cat > 0 and block + 1 in in_flight:
+                if num_cat > 0 and block + 1 in in_flight and block + 1 not in cuts:
                     if ran_on.get(block + 1) == mode:
                         has_cache = True
                     else:
@@ -135,8 +164,13 @@ class Twin:
             sweep += 1
         return now
 
-    def _scheduler(self, steps: int, flow_shift: float) -> UniPCMultistepScheduler:
-        scheduler = UniPCMultistepScheduler.from_pretrained(self.folder / "scheduler", flow_shift=flow_shift)
+    def _scheduler(self, solver: str, steps: int, flow_shift: float) -> Any:
+        if solver == "euler":
+            euler = FlowMatchEulerDiscreteScheduler(shift=flow_shift)
+            euler.set_timesteps(sigmas=[(steps - step) / steps for step in range(steps)])
+            return euler
+        kind = DPMSolverMultistepScheduler if solver == "dpm++" else UniPCMultistepScheduler
+        scheduler = kind.from_pretrained(self.folder / "scheduler", flow_shift=flow_shift)
         scheduler.set_timesteps(steps)
         return scheduler
 
@@ -259,16 +293,64 @@ def block_lengths(latents_num: int, num_per_block: int, num_cat: int) -> list[in
     return lengths
 
 
+def scene_lengths(scenes: Sequence[Sequence[int]], num_per_block: int, num_cat: int) -> tuple[list[int], list[int]]:
+    """Blocks of a film whose scenes have shots of so many latents, and which of them come after a cut.
+
+    A scene's first block is as long as it may be within its shot. The rest of a shot is shared out, latent by latent, over as
+    few blocks as can hold it, the first of them getting what does not come out even.
+    """
+    lengths: list[int] = []
+    cuts: list[int] = []
+    for number, scene in enumerate(scenes):
+        if number:
+            cuts.append(len(lengths))
+        for place, shot in enumerate(scene):
+            left = shot
+            if place == 0:
+                lengths.append(min(shot, num_per_block + num_cat))
+                left -= lengths[-1]
+            blocks = [0] * math.ceil(left / num_per_block)
+            for latent in range(left):
+                blocks[latent % len(blocks)] += 1
+            lengths += blocks
+    return lengths, cuts
+
+
+def ghost_noise(seed: int, step: int, shape: Sequence[int]) -> Tensor:
+    """The noise of a ghost at one step: drawn from 63 bits of what seed, "ghost" and step make together."""
+    bits = int(hashlib.sha256(f"{seed} ghost {step}".encode()).digest()[:8][::-1].hex(), 16) // 2
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(bits))
+
+
+def texts_by_block(shots: Sequence[tuple[int, Tensor, str]], lengths: Sequence[int]) -> list[Tensor]:
+    """The text of each block, of shots of (latents, text, transition). A blend takes three blocks, wherever the shot ends."""
+    found: list[Tensor] = []
+    for number, (_, new, transition) in enumerate(shots):
+        end = sum(shot[0] for shot in shots[: number + 1])
+        old = found[-1] if found else new
+        k = 0
+        while sum(lengths[: len(found)]) < end:
+            if transition == "blend" and k < 3 and not old.equal(new):
+                alpha = (k + 0.5) / 3
+                found.append((1 - alpha) * old + alpha * new)
+            else:
+                found.append(new)
+            k += 1
+    return found
+
+
 def initial_noise(
-    lengths: Sequence[int], num_per_block: int, num_cat: int, shape: tuple[int, int, int], seed: int
+    lengths: Sequence[int], num_per_block: int, num_cat: int, shape: tuple[int, int, int], seed: int, cuts: Sequence[int] = ()
 ) -> list[Tensor]:
-    """The coordinated noise of METHOD.md, frame by frame."""
+    """The coordinated noise of METHOD.md, frame by frame. After a cut a new pool is drawn, further on."""
     generator = torch.Generator("cpu").manual_seed(seed)
     channels, height, width = shape
-    drawn = torch.randn(1, channels, num_per_block + num_cat, height, width, generator=generator)
-    pool = [drawn[:, :, i : i + 1] for i in range(num_per_block + num_cat)]
+    pool: list[Tensor] = []
     blocks = []
-    for length in lengths:
+    for block, length in enumerate(lengths):
+        if block == 0 or block in cuts:
+            drawn = torch.randn(1, channels, num_per_block + num_cat, height, width, generator=generator)
+            pool = [drawn[:, :, i : i + 1] for i in range(num_per_block + num_cat)]
         movable, last = pool[: len(pool) - num_cat], pool[len(pool) - num_cat :]
         order = torch.randperm(len(movable), generator=generator).tolist()
         pool = last + [movable[i] for i in order]

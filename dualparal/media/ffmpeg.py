@@ -6,6 +6,7 @@ what a video is for.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,26 @@ def ffmpeg_path() -> str:
         raise OutputError(
             "no ffmpeg was found to write videos with; reinstall imageio-ffmpeg or name a binary in IMAGEIO_FFMPEG_EXE"
         ) from None
+
+
+def check_ffmpeg() -> None:
+    """Raise `OutputError` unless there is an ffmpeg that can be started and encodes H.264."""
+    _check(ffmpeg_path())
+
+
+@functools.cache
+def _check(path: str) -> None:
+    way_out = "reinstall imageio-ffmpeg or name another binary in IMAGEIO_FFMPEG_EXE"
+    try:
+        command = [path, "-hide_banner", "-nostdin", "-encoders"]
+        done = subprocess.run(command, capture_output=True, timeout=60, stdin=subprocess.DEVNULL, check=False)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise OutputError(f"ffmpeg at {path} cannot be started ({why}); {way_out}") from None
+    if done.returncode != 0:
+        raise OutputError(f"ffmpeg at {path} ended with {done.returncode} when asked for its encoders; {way_out}")
+    if b" libx264 " not in done.stdout:
+        raise OutputError(f"ffmpeg at {path} was built without libx264, which writes the videos; {way_out}")
 
 
 def run_ffmpeg(

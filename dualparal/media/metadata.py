@@ -7,12 +7,15 @@ bound on everything. Follows ISO/IEC 14496-12 (boxes) and Apple's `ilst` layout 
 
 from __future__ import annotations
 
+import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dualparal.errors import RequestError
+from dualparal.paths import is_file, why_missing
 from dualparal.request import GenerationRequest
 
 MAX_INDEX_BYTES = 16 * 2**20  # a two-hour video of ours has an index of about 1 MB
@@ -35,10 +38,10 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises `RequestError` when the file is not an mp4 with one video track.
     """
-    if not Path(path).is_file():  # a pipe or a device would be read for ever
-        raise RequestError(f"{_name(path)} is not a file; {WAY_OUT}")
+    if not is_file(path):  # a pipe or a device would be read for ever
+        raise RequestError(f"{_name(path)} is not a file{why_missing(path)}; {WAY_OUT}")
     try:
-        with Path(path).open("rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             return _describe_index(_index(file))
     except OSError as error:
         raise RequestError(f"{_name(path)} cannot be read: {error.strerror}; {WAY_OUT}") from None
@@ -53,7 +56,8 @@ def format_info(path: str | Path) -> str:
     lines = [
         f"{found['width']} x {found['height']}, {found['num_frames']} frames at {found['fps']:g} fps, {found['duration']:.2f} s"
     ]
-    settings = read_settings(path).model_dump(exclude_none=True)
+    read_settings(path)  # or say why not
+    settings = json.loads(found["settings"])
     return "\n".join(lines + [f"{name}: {value}" for name, value in settings.items()])
 
 
@@ -62,7 +66,7 @@ def ffmetadata(settings: str) -> str:
     if len(settings.encode()) > MAX_SETTINGS_BYTES or "\0" in settings:
         raise ValueError(f"settings must be at most {MAX_SETTINGS_BYTES} bytes of text without NUL")
     special = {ord(ch): "\\" + ch for ch in "=;#\\\r\n"}
-    return f";FFMETADATA1\ncomment={settings.translate(special)}\n"
+    return f";FFMETADATA1\ncomment={settings.translate(special)}"  # a line end after a backslash would count as escaped
 
 
 class _NotOurs(Exception):

@@ -8,22 +8,24 @@ nothing is ever half-written under its final name. Knows no process of the engin
 
 from __future__ import annotations
 
-import contextlib
-import os
+import io
+import logging
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from dualparal import files
 from dualparal.errors import OutputError, RequestError
-from dualparal.files import is_whole_segment, replace_durably
+from dualparal.files import checksum_of, is_whole_segment, private, replace_durably, written_atomically
 from dualparal.media.ffmpeg import run_ffmpeg
 from dualparal.media.metadata import describe, ffmetadata
-from dualparal.media.png import png_bytes
 
+log = logging.getLogger(__name__)
 CRF = "18"  # constant quality, visually near lossless
 X264_PRESET = "fast"  # 18 frames/s of 480x832 on one core, 0.7 dB above "veryfast" at a smaller size; denoising is far slower
 SLOWEST_PIXELS_PER_S = 50_000  # below this ffmpeg is held to be stuck
@@ -36,7 +38,9 @@ TO_YUV = (
 NULL_PACKET = b"\x47\x1f\xff\x10" + b"\xff" * 184  # MPEG-TS stuffing, ignored by players
 MIN_PACKETS = 16  # with fewer, ffmpeg cannot tell that a file is MPEG-TS (one frame of 64x64 may take five)
 
-PARTIAL = re.compile(r"\.(video\..*|block_\d+\.ts|(sweep|sweep_\d+|latents_\d+|caches_\d+_\d+)\.safetensors|\d+\.png)\.part")
+PARTIAL = re.compile(
+    r"\.(video\..*|block_\d+\.ts|(sweep|ghost|latents_\d+)\.safetensors|start\.png|\d+\.png|\d+\.jpg\..*|look\.webp\..*)\.part"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Segment:
     first_frame: int
     num_frames: int
     duration_s: float
+    checksum: str = field(default="", compare=False)  # of the file, where it is known
 
 
 class VideoWriter:
@@ -90,23 +95,21 @@ class VideoWriter:
                 f"a block must be uint8 [F, {self.height}, {self.width}, 3] with F >= 1, "
                 f"not {frames.dtype} {list(frames.shape)}"
             )
-        segment = Segment(
-            path=self._next_path(),
-            first_frame=self.num_frames,
-            num_frames=len(frames),
-            duration_s=len(frames) / self.fps,
-        )
+        segment, encoded = self._encoded(frames)
         if self.export_images:  # before the segment: a segment on disk means its pictures are there too
             for number, frame in enumerate(frames, segment.first_frame):
-                write_bytes(self.folder / "frames" / f"{number:06d}.png", png_bytes(frame))
-        write_bytes(segment.path, self._encode(frames, segment), is_durable=True)
+                write_bytes(self.folder / "frames" / f"{number:06d}.png", _png(frame))
+        write_bytes(segment.path, encoded, is_durable=True)
         self.segments.append(segment)
         return segment
 
-    def adopt_block(self, num_frames: int) -> Segment | None:
-        """Take the next block from disk if a run before has written it whole; None when it has not."""
-        segment = Segment(self._next_path(), self.num_frames, num_frames, num_frames / self.fps)
-        if not is_whole_segment(segment.path):
+    def adopt_block(self, frames: np.ndarray) -> Segment | None:
+        """Take the next block from disk if a run before has written it, and its bytes are those of `frames`; else None."""
+        if not is_whole_segment(self._next_path()):
+            return None
+        segment, _ = self._encoded(frames)
+        if not is_whole_segment(segment.path, segment.checksum):
+            log.warning("%s is damaged and is written anew", segment.path.name)
             return None
         self.segments.append(segment)
         return segment
@@ -119,6 +122,10 @@ class VideoWriter:
         """
         if not self.segments:
             return None
+        if damaged := next(
+            (one for one in self.segments if one.checksum and not is_whole_segment(one.path, one.checksum)), None
+        ):
+            raise OutputError(f"{damaged.path.name} has changed on the disk since it was written; resume the job to mend it")
         video = self.folder / "video.mp4"
         remove_partials(self.folder)
         own = secrets.token_hex(4)  # an ffmpeg that outlived its killed writer may still be at another
@@ -128,6 +135,7 @@ class VideoWriter:
             write_bytes(tags, ffmetadata(settings).encode())
             self._join(listing.name, tags.name, partial.name)
             self._check_joined(partial)
+            partial.chmod(0o600)
             replace_durably(partial, video)
         except OSError as error:
             raise write_error(video, error) from None
@@ -138,6 +146,11 @@ class VideoWriter:
 
     def _next_path(self) -> Path:
         return self.folder / f"block_{len(self.segments):04d}.ts"
+
+    def _encoded(self, frames: np.ndarray) -> tuple[Segment, bytes]:
+        segment = Segment(self._next_path(), self.num_frames, len(frames), len(frames) / self.fps)
+        encoded = self._encode(frames, segment)
+        return replace(segment, checksum=checksum_of(encoded)), encoded
 
     def _encode(self, frames: np.ndarray, segment: Segment) -> bytes:
         picture = [
@@ -215,16 +228,21 @@ def remove_partials(folder: Path) -> None:
 
     An ffmpeg that still writes to such a file goes on without a name and ends without a trace.
     """
-    for path in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
-        if PARTIAL.fullmatch(path.name):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+    for pattern in (".*.part", "*/.*.part"):
+        files.remove_partials(folder, pattern, is_ours=lambda name: PARTIAL.fullmatch(name) is not None)
+
+
+def _png(frame: np.ndarray) -> bytes:
+    """One frame, uint8 [H, W, 3], as the bytes of a PNG file; little effort, since frames come by the hundred."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def make_folder(folder: Path) -> None:
     """Create `folder` and its parents where missing; raises `OutputError`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from None
 
@@ -232,12 +250,10 @@ def make_folder(folder: Path) -> None:
 def write_bytes(path: Path, data: bytes, *, is_durable: bool = False) -> None:
     """Write `data` under a temporary name beside `path`, then rename; raises `OutputError` and leaves nothing behind. With
     `is_durable` it survives a power cut."""
-    partial = path.with_name(f".{path.name}.part")
     try:
-        partial.write_bytes(data)
-        (replace_durably if is_durable else os.replace)(partial, path)
+        with written_atomically(path, is_durable=is_durable) as partial, open(partial, "wb", opener=private) as opened:
+            opened.write(data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise write_error(path, error) from None
 
 

@@ -1,8 +1,8 @@
 """Measures what this host's device does: one real layer of the model's shape with random weights, what the first and the last
 rank do besides (patch embedding and sampler step, output head), the link to host memory, and the VAE's decoder.
 
-FLOPs are counted by `core.work`, so that a plan's time is FLOPs over this rate. On a GPU the window is one of a real job; on a
-CPU it is shorter, so that a pass takes about a second.
+FLOPs are counted by `planning.work`, so that a plan's time is FLOPs over this rate. On a GPU the window is one of a real job;
+on a CPU it is shorter, so that a pass takes about a second.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-from dualparal.core.placement import Speed
-from dualparal.core.sampler import SamplerFactory
-from dualparal.core.sizes import DiTSizes
-from dualparal.core.work import layer_flops
+from dualparal.method.sampler import SamplerFactory
 from dualparal.model.checkpoint import DTYPES
 from dualparal.model.feature_cache import CrossAttention, SelfAttention, Surroundings
 from dualparal.model.stage import embed_patches, output_head
 from dualparal.model.vae import StreamingDecoder
+from dualparal.planning.placement import Speed
+from dualparal.planning.sizes import DiTSizes
+from dualparal.planning.work import layer_flops
 
 TEXT_TOKENS = 512
 ENOUGH_S = 1.0  # a pass this long measures well

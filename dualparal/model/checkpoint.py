@@ -1,29 +1,44 @@
 """Loads one stage's share of a Wan DiT: its own layers' bytes only, cast on the way, on modules built on the meta device.
 
-What each tensor is called and who owns it is `layout`'s business; this file moves bytes.
+What each tensor is called and who owns it is `part_shapes`' business; this file moves bytes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from safetensors import safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from dualparal.errors import CheckpointError
-from dualparal.model.layout import Checkpoint, transformer_owners, transformer_shapes
+from dualparal.model.layout import Checkpoint
 from dualparal.model.lora import LoraMerge
 from dualparal.model.lora_source import Lora
 from dualparal.model.low_memory import Quantizer
+from dualparal.model.part_shapes import transformer_owners, transformer_shapes
+from dualparal.model.validation import check_shape
+from dualparal.model.weights import read_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class WeightsOnMeta(TorchFunctionMode):
+    """Inside, modules are made with their large parameters on the meta device; tables of positions and modulations are whole.
+
+    `torch.device("meta")` computes with those too, by way of torch's compiler, whose import takes a second.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.ones, torch.zeros):
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
 
 
 def keeps_float32(key: str) -> bool:
@@ -49,7 +64,7 @@ def load_transformer_share(
     """
     config = checkpoint.config(component)
     known = inspect.signature(WanTransformer3DModel.__init__).parameters
-    with torch.device("meta"):
+    with WeightsOnMeta():
         model = WanTransformer3DModel(**{key: value for key, value in config.items() if key in known})
     owners = transformer_owners(config)
     wanted = {key for key, owner in owners.items() if _is_own(owner, layers, len(model.blocks))}
@@ -58,13 +73,10 @@ def load_transformer_share(
     assert set(expected) == wanted, "the ownership table and diffusers' module disagree"
     tensors = checkpoint.tensors(component)
     for key in wanted:
-        if tensors[key].shape != tuple(expected[key].shape):
-            raise CheckpointError(
-                f"{tensors[key].file}: {key} has shape {list(tensors[key].shape)}, the config says {list(expected[key].shape)}"
-            )
+        check_shape(key, tensors[key], tuple(expected[key].shape))
     merge = LoraMerge(loras, checkpoint.transformers.index(component), transformer_shapes(config)) if loras else None
     quantizer = Quantizer(model, quantization, dtype)
-    for key, value in _read({key: tensors[key].file for key in wanted}):
+    for key, value in read_tensors({key: tensors[key] for key in wanted}):
         target = torch.float32 if keeps_float32(key) else dtype
         if merge is not None:
             value = merge.apply(key, value)
@@ -73,9 +85,7 @@ def load_transformer_share(
         set_module_tensor_to_device(model, key, device, value=value, dtype=stored, clear_cache=False)
         quantizer.after(key)
     quantizer.finish()
-    # Buffers of the meta model hold nothing; the table is small and is made anew, in upstream's precision.
-    rope = model.rope
-    model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
+    model.rope.to(device)
     return model.requires_grad_(False).eval()
 
 
@@ -91,16 +101,3 @@ def _drop_foreign(model: WanTransformer3DModel, layers: range) -> None:
     if layers.stop != num_layers:
         model.proj_out = None
         del model.scale_shift_table
-
-
-def _read(files: dict[str, Path]) -> Iterable[tuple[str, torch.Tensor]]:
-    """Yield (key, tensor) file by file, in the order of the file; at most one tensor is in flight."""
-    for file in sorted(set(files.values())):
-        with ExitStack() as stack:
-            try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-            except Exception as error:
-                raise CheckpointError(f"{file} cannot be opened as safetensors: {error}") from None
-            for key in opened.keys():  # noqa: SIM118 - not iterable by itself
-                if files.get(key) == file:
-                    yield key, opened.get_tensor(key)

@@ -102,9 +102,9 @@ class CrossAttention:
         self._texts = texts
         self._key_values: dict[TextKey, list[KeyValue]] = {}
 
-    def forget(self) -> None:
-        """Drop the text K and V of the job that has ended."""
-        self._key_values.clear()
+    def forget(self, number: int | None = None) -> None:
+        """Drop K and V of that text; of all when the job has ended."""
+        self._key_values = {key: kept for key, kept in self._key_values.items() if number is not None and key[0] != number}
 
     def __call__(
         self,

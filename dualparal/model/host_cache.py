@@ -30,10 +30,6 @@ class HostTensor:
     shape: torch.Size
     pieces: tuple[torch.Tensor, ...]
 
-    def whole(self) -> torch.Tensor:
-        """A copy in one piece."""
-        return torch.cat(self.pieces).view(self.shape)
-
 
 @dataclass(frozen=True)
 class HostPair:
@@ -43,7 +39,7 @@ class HostPair:
     ready: Any
 
 
-class Ferry:
+class CacheMover:
     """Copies between a device and host memory, one way each on a stream of its own; one for all caches of a stage."""
 
     def __init__(self, device: torch.device) -> None:
@@ -117,18 +113,18 @@ def _piece_of(num_left: int, item_bytes: int) -> int:
 class HostCache(MutableMapping[int, KeyValue]):
     """K and V of one block by layer, in host memory: setting a layer sends it there, taking one brings it and the next."""
 
-    def __init__(self, ferry: Ferry) -> None:
-        self._ferry = ferry
+    def __init__(self, mover: CacheMover) -> None:
+        self._mover = mover
         self._host: dict[int, HostPair] = {}
         self._coming: dict[int, tuple[KeyValue, Any]] = {}
 
     def __setitem__(self, layer: int, pair: KeyValue) -> None:
-        self._host[layer] = self._ferry.to_host(pair)
+        self._host[layer] = self._mover.to_host(pair)
 
     def __getitem__(self, layer: int) -> KeyValue:
         self.fetch(layer)
         pair, event = self._coming.pop(layer)
-        self._ferry.wait_for(event)
+        self._mover.wait_for(event)
         self.fetch(layer + 1)
         return pair
 
@@ -144,15 +140,4 @@ class HostCache(MutableMapping[int, KeyValue]):
     def fetch(self, layer: int) -> None:
         """Begin to bring `layer`, if it is here and not on its way."""
         if layer not in self._coming and layer in self._host:
-            self._coming[layer] = self._ferry.to_device(self._host[layer])
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(piece.nbytes for host in self._host.values() for x in host.pair for piece in x.pieces)
-
-    def in_host_memory(self) -> dict[int, KeyValue]:
-        """Copies of all layers, in host memory."""
-        for host in self._host.values():
-            if host.ready is not None:
-                host.ready.synchronize()
-        return {layer: (host.pair[0].whole(), host.pair[1].whole()) for layer, host in self._host.items()}
+            self._coming[layer] = self._mover.to_device(self._host[layer])

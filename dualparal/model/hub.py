@@ -2,36 +2,41 @@
 
 Needs no torch. HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's to read; nothing here sets them. The
 front end downloads before any worker starts, so that no rank ever does; huggingface_hub's file locks keep two programs on one
-host from fetching the same file twice.
+host from fetching the same file twice. Whenever the hub cannot be asked, what is whole on this host is taken instead.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dualparal.errors import CheckpointError, PresetError
+from dualparal.errors import CheckpointError
+from dualparal.model.hub_errors import explain
+from dualparal.model.parts import DOWNLOADS, KEY_FILES
 
-NEEDED = [
-    "model_index.json", "scheduler/*.json", "tokenizer/*", "*/config.json", "transformer*/*.safetensors*",
-    "vae/*.safetensors*", "text_encoder/*.safetensors*",
-]  # fmt: skip
-KEY_FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json")
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 
 def download_snapshot(repo_id: str, revision: str | None = None) -> Path:
-    """The folder of a model repository on this host; what is missing of `NEEDED` is downloaded.
+    """The folder of a model repository on this host; what is missing of `DOWNLOADS` is downloaded.
 
     `revision` is a commit, tag or branch; a commit that is here whole needs no network. Raises `CheckpointError`, or
     `PresetError` for something that cannot be a hub id.
     """
-    from huggingface_hub import snapshot_download
 
-    with _explained(repo_id, revision):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=NEEDED, tqdm_class=_progress_bar()))
+    def ask(is_local: bool) -> Path:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            repo_id, revision=revision, allow_patterns=DOWNLOADS, tqdm_class=_progress_bar(), local_files_only=is_local
+        )
+        return Path(folder)
+
+    return _ask(repo_id, revision, ask)
 
 
 def check_revision(repo_id: str, revision: str | None) -> str:
@@ -41,8 +46,10 @@ def check_revision(repo_id: str, revision: str | None) -> str:
     """
     from huggingface_hub import HfApi
 
-    with _explained(repo_id, revision):
+    try:
         found = HfApi().model_info(repo_id, revision=revision)
+    except Exception as error:
+        raise explain(error, repo_id, revision) from None
     names = {item.rfilename for item in found.siblings or []}
     if lost := sorted(name for name in KEY_FILES if name not in names):
         raise CheckpointError(f"{repo_id} at {found.sha} has no {lost[0]}; it is no Wan checkpoint in diffusers' layout")
@@ -53,73 +60,48 @@ def check_revision(repo_id: str, revision: str | None) -> str:
 
 def download_file(repo_id: str, name: str) -> Path:
     """One file of a repository, on this host."""
-    from huggingface_hub import hf_hub_download
 
-    with _explained(repo_id, None):
-        return Path(hf_hub_download(repo_id, name, tqdm_class=_progress_bar()))
+    def ask(is_local: bool) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repo_id, name, tqdm_class=_progress_bar(), local_files_only=is_local))
+
+    return _ask(repo_id, None, ask)
 
 
 def list_files(repo_id: str) -> list[str]:
-    """Names of all files of a repository; of those on this host when the hub cannot be reached."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    """Names of all files of a repository; of those on this host when the hub cannot be asked."""
 
-    with _explained(repo_id, None):
-        try:
+    def ask(is_local: bool) -> list[str]:
+        from huggingface_hub import HfApi, snapshot_download
+
+        if not is_local:
             return HfApi().list_repo_files(repo_id)
-        except (OfflineModeIsEnabled, ConnectionError):
-            folder = Path(snapshot_download(repo_id, local_files_only=True))
-            return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        folder = Path(snapshot_download(repo_id, local_files_only=True, allow_patterns=["nothing"]))
+        return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+
+    return _ask(repo_id, None, ask)
 
 
-@contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence with a way out."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _ask(repo_id: str, revision: str | None, ask: Callable[[bool], Answer]) -> Answer:
+    """What `ask(False)` has from the hub, else `ask(True)` from this host; when that fails too, why the hub could not be asked.
 
-    sentences: list[tuple[type[Exception], Callable[[Exception], str]]] = [
-        (GatedRepoError, lambda _: f"{repo_id} asks for consent: accept its terms on the hub and set HF_TOKEN"),
-        (RepositoryNotFoundError, lambda _: f"there is no model {repo_id} on the hub (or it is private: set HF_TOKEN)"),
-        (RevisionNotFoundError, lambda _: f"{repo_id} has no revision {revision}; correct the preset's revision"),
-        (
-            LocalEntryNotFoundError,
-            lambda _: (
-                f"{repo_id} is not whole on this host and the hub cannot be reached; check the network, HF_HOME or "
-                "HF_HUB_OFFLINE"
-            ),
-        ),
-        (EntryNotFoundError, lambda error: f"{repo_id} lacks a file: {_first_line(error)}"),
-        (
-            OfflineModeIsEnabled,
-            lambda _: f"{repo_id} is not whole on this host and HF_HUB_OFFLINE is set; unset it to download",
-        ),
-        (HfHubHTTPError, lambda error: f"{repo_id} could not be downloaded: {_first_line(error)}; run again to go on"),
-        (OSError, lambda error: f"{repo_id} could not be downloaded: {_first_line(error)}; run again to go on"),
-    ]
+    Whatever the library raises becomes one sentence: its exceptions are of several HTTP libraries and of Python itself.
+    """
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+
     try:
-        yield
-    except HFValidationError as error:
-        raise PresetError(f"'{repo_id}' is neither a folder nor a hub id: {_first_line(error)}") from None
+        return ask(False)
     except Exception as error:
-        for kind, sentence in sentences:
-            if isinstance(error, kind):
-                raise CheckpointError(sentence(error)) from None
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "hf_xet"):
-            raise CheckpointError(f"{repo_id} could not be downloaded: {_first_line(error)}; run again to go on") from None
-        raise
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        why = explain(error, repo_id, revision)
+        if isinstance(error, (HFValidationError, RevisionNotFoundError)):
+            raise why from None
+    try:
+        found = ask(True)
+    except Exception:  # not here either: the first reason is the one to mend
+        raise why from None
+    log.warning("%s; it is taken from this host as it was downloaded", why)
+    return found
 
 
 def _progress_bar() -> type[Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-from dualparal.core.placement import ModelSizes
 from dualparal.errors import CheckpointError
 from dualparal.model.layout import Checkpoint
-from dualparal.model.source import find_model
-from dualparal.presets import Preset
+from dualparal.model.source import find_checkpoint
+from dualparal.paths import is_folder
+from dualparal.planning.placement import ModelSizes
+from dualparal.presets import Preset, weights_of
 
 
 def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
@@ -27,16 +27,13 @@ def find_sizes(model: str, preset: Preset) -> ModelSizes:
 
     Raises `CheckpointError` for a hub id that is neither published by Wan's authors nor on this host.
     """
-    name = model if Path(model).is_dir() else preset.model or model
+    name, revision = weights_of(model, preset)
     if (known := ModelSizes.published(name)) is not None:
         return known
-    if Path(name).is_dir() or name == "pocket":
-        return sizes_of(find_model(model, preset)[1])
+    if is_folder(name) or name == "pocket":
+        return sizes_of(find_checkpoint(name, revision))
     raise CheckpointError(f"the sizes of {name} are not known before its download; give a folder, or one of Wan's own models")
 
 
-def _count(checkpoint: Checkpoint, component: str) -> int:
-    tensors = checkpoint.tensors(component)
-    if "shared.weight" in tensors:  # the same table under two names
-        tensors.pop("encoder.embed_tokens.weight", None)
-    return sum(math.prod(tensor.shape) for tensor in tensors.values())
+def _count(checkpoint: Checkpoint, part: str) -> int:
+    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors(part).values())

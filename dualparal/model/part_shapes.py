@@ -1,11 +1,12 @@
-"""Every tensor that a checkpoint's VAE and text encoder must hold, by name and shape, from their configs alone.
+"""Every tensor that a checkpoint's parts must hold, by name and shape, from their configs alone; and which stage owns which.
 
-Follows `AutoencoderKLWan` (diffusers, the form without residual blocks, which every published text-to-video Wan has) and
-`UMT5EncoderModel` (transformers); tests compare the tables with the real modules. Needs no torch.
+Follows `WanTransformer3DModel`, `AutoencoderKLWan` (diffusers; the form without residual blocks, which every published
+text-to-video Wan has) and `UMT5EncoderModel` (transformers); tests compare the tables with the real modules. Needs no torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -13,12 +14,73 @@ from typing import Any
 Shapes = dict[str, tuple[int, ...]]
 
 
+def transformer_owners(config: Mapping[str, Any]) -> dict[str, int]:
+    """Every key of a WanTransformer3DModel's state dict and the layer whose stage owns it.
+
+    -1 stands for the first stage (patch and condition embedding), `num_layers` for the last (output head).
+    """
+    num_layers = int(config.get("num_layers", 40))
+    linear = ("weight", "bias")
+    first = [f"patch_embedding.{end}" for end in linear]
+    for part in (
+        "time_embedder.linear_1",
+        "time_embedder.linear_2",
+        "time_proj",
+        "text_embedder.linear_1",
+        "text_embedder.linear_2",
+    ):
+        first += [f"condition_embedder.{part}.{end}" for end in linear]
+    layer = ["scale_shift_table"]
+    for attn in ("attn1", "attn2"):
+        layer += [f"{attn}.{part}.{end}" for part in ("to_q", "to_k", "to_v", "to_out.0") for end in linear]
+        layer += [f"{attn}.norm_q.weight", f"{attn}.norm_k.weight"]
+    layer += [f"ffn.net.{part}.{end}" for part in ("0.proj", "2") for end in linear]
+    if config.get("cross_attn_norm", True):
+        layer += [f"norm2.{end}" for end in linear]
+    owners = dict.fromkeys(first, -1)
+    for number in range(num_layers):
+        owners |= {f"blocks.{number}.{key}": number for key in layer}
+    return owners | dict.fromkeys(("proj_out.weight", "proj_out.bias", "scale_shift_table"), num_layers)
+
+
+def transformer_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The shape of every tensor of a WanTransformer3DModel with this config."""
+    dim = int(config.get("num_attention_heads", 40)) * int(config.get("attention_head_dim", 128))
+    channels, ffn_dim = int(config.get("in_channels", 16)), int(config.get("ffn_dim", 13824))
+    patch = tuple(config.get("patch_size", (1, 2, 2)))
+    out = int(config.get("out_channels") or channels) * math.prod(patch)
+    linear = {  # by the end of the name: (outputs, inputs)
+        "time_embedder.linear_1": (dim, int(config.get("freq_dim", 256))),
+        "text_embedder.linear_1": (dim, int(config.get("text_dim", 4096))),
+        "time_proj": (6 * dim, dim),
+        "ffn.net.0.proj": (ffn_dim, dim),
+        "ffn.net.2": (dim, ffn_dim),
+        "proj_out": (out, dim),
+    }
+    shapes: Shapes = {}
+    for key in transformer_owners(config):
+        module, _, end = key.rpartition(".")
+        size = next((size for name, size in linear.items() if module.endswith(name)), (dim, dim))
+        if end == "scale_shift_table":
+            shapes[key] = (1, 6 if module else 2, dim)
+        elif "norm" in module:
+            shapes[key] = (dim,)
+        elif module == "patch_embedding":
+            shapes[key] = (dim, channels, *patch) if end == "weight" else (dim,)
+        else:
+            shapes[key] = size if end == "weight" else size[:1]
+    return shapes
+
+
 def text_encoder_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Of `UMT5EncoderModel`, without the embedding table, which has two names (`shared`, `encoder.embed_tokens`)."""
+    """Of `UMT5EncoderModel`, whose embedding table has two names: `shared` stands for `encoder.embed_tokens` too."""
     dim, ffn = int(config.get("d_model", 512)), int(config.get("d_ff", 1024))
     heads, inner = int(config.get("num_heads", 6)), int(config.get("num_heads", 6)) * int(config.get("d_kv", 64))
     is_gated = str(config.get("feed_forward_proj", "gated-gelu")).startswith("gated")
-    shapes: Shapes = {"encoder.final_layer_norm.weight": (dim,)}
+    shapes: Shapes = {
+        "shared.weight": (int(config.get("vocab_size", 250112)), dim),
+        "encoder.final_layer_norm.weight": (dim,),
+    }
     for number in range(int(config.get("num_layers", 8))):
         attention, feed = f"encoder.block.{number}.layer.0", f"encoder.block.{number}.layer.1"
         shapes |= {f"{attention}.SelfAttention.{name}.weight": (inner, dim) for name in "qkv"}
@@ -30,11 +92,6 @@ def text_encoder_shapes(config: Mapping[str, Any]) -> Shapes:
         shapes[f"{feed}.DenseReluDense.wo.weight"] = (dim, ffn)
         shapes |= {f"{part}.layer_norm.weight": (dim,) for part in (attention, feed)}
     return shapes
-
-
-def embedding_shape(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Of the text encoder's embedding table."""
-    return int(config.get("vocab_size", 250112)), int(config.get("d_model", 512))
 
 
 def vae_shapes(config: Mapping[str, Any]) -> Shapes | None:

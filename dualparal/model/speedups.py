@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.attention_dispatch import attention_backend
 
 from dualparal.errors import RequestError
-from dualparal.model.attention_backends import CPU_BACKENDS
+from dualparal.model.attention_backends import check_attention
 
 
 def use_attention(model: WanTransformer3DModel, name: str, device: torch.device) -> None:
@@ -20,11 +20,7 @@ def use_attention(model: WanTransformer3DModel, name: str, device: torch.device)
     The processors must be set. Raises `RequestError` for a name that diffusers does not know, a package that is not installed,
     and kernels that `device` cannot run: the front end has asked `check_attention`, the last word is diffusers'.
     """
-    known = sorted(backend.value for backend in AttentionBackendName if not backend.value.startswith("_"))
-    if name.lower() not in {backend.value for backend in AttentionBackendName}:
-        raise RequestError(f"attention={name!r} is not known to diffusers; use one of {', '.join(known)}", "attention")
-    if device.type == "cpu" and name.lower() not in CPU_BACKENDS:
-        raise RequestError(f"attention={name} needs a GPU; on the CPU use native", "attention")
+    check_attention(name, on_gpu=device.type != "cpu")
     diffusers_log = logging.getLogger("diffusers.models.modeling_utils")
     level = diffusers_log.level
     diffusers_log.setLevel(logging.ERROR)  # "experimental" in every rank, for every expert

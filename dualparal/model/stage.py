@@ -15,17 +15,15 @@ from dataclasses import dataclass
 import torch
 from diffusers import WanTransformer3DModel
 
-from dualparal.core.schedule import Context, Item, Schedule
+from dualparal.method.schedule import Context, Item, Schedule
+from dualparal.method.timeline import TextsAtHand
 from dualparal.model.checkpoint import DTYPES, load_transformer_share
 from dualparal.model.feature_cache import CrossAttention, KeyValue, SelfAttention, Surroundings
-from dualparal.model.host_cache import Ferry, HostCache
+from dualparal.model.host_cache import CacheMover, HostCache
 from dualparal.model.layout import Checkpoint
 from dualparal.model.lora_source import Lora
 from dualparal.model.low_memory import Handover, Layers, offload_layers
 from dualparal.model.speedups import compile_layers, use_attention
-
-# K/V of a block's last own frames, by (block, guidance half) and layer.
-Tails = dict[tuple[int, int | None], dict[int, KeyValue]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Conditions:
     """What steps and prompts mean to one expert, computed once per job by the first stage's condition embedder.
 
     `temb` [S, D] for the output head, `timestep_proj` [S, 6, D] for the layers; `texts[i]` is text i as a list of guidance
-    halves, each [1, L, D] (halves may differ in L).
+    halves, each [1, L, D] (halves may differ in L). Texts numbered after these are heard of later (`Stage.hear`).
     """
 
     temb: torch.Tensor
@@ -109,10 +107,12 @@ class Stage:
                 offload_layers(model, self._layers[-1], self.device)
         self._shape: JobShape | None = None
         self._schedule: Schedule | None = None
+        self._at_hand: TextsAtHand | None = None
+        self._num_known = 0  # texts that are there all the time
         # K/V for other blocks, by guidance half: of the item just before; of each block's last pass.
         self._heads: dict[int | None, dict[int, KeyValue]] = {}
         self._tails: dict[tuple[int, int | None], MutableMapping[int, KeyValue]] = {}
-        self._ferry = Ferry(self.device) if is_cache_offloaded else None
+        self._mover = CacheMover(self.device) if is_cache_offloaded else None
         self._cond: torch.Tensor | None = None
 
     def embed_conditions(self, timesteps: torch.Tensor, texts: Sequence[Sequence[torch.Tensor]]) -> list[Conditions]:
@@ -130,6 +130,17 @@ class Stage:
                 found.append(Conditions(temb.cpu(), proj.unflatten(1, (6, -1)).cpu(), projected))
         return found
 
+    @torch.inference_mode()
+    def embed_text(self, text: torch.Tensor) -> torch.Tensor:
+        """A text [1, L, text dim] projected by every expert, [experts, L, D]. First stage only."""
+        text = text.to(self.device, self.dtype)
+        return torch.cat([model.condition_embedder.text_embedder(text) for model in self.models])
+
+    def hear(self, text: int, said: torch.Tensor) -> None:
+        """Take up a text as `embed_text` made it, until no block in flight listens to it. Its other half is text 0's."""
+        for texts, one in zip(self._texts, said.to(self.device).split(1), strict=True):
+            texts[text] = [one.clone(), *texts[0][1:]]
+
     @property
     def tokens_per_frame(self) -> int:
         """p: tokens of one latent frame of the present job."""
@@ -139,7 +150,20 @@ class Stage:
     def begin(self, shape: JobShape, schedule: Schedule, conditions: Sequence[Conditions]) -> None:
         """Take up a job: position table, time projections and texts move to the device."""
         self.end()
+        self._take_up(shape, schedule, conditions)
+
+    def turn(self, shape: JobShape, schedule: Schedule, conditions: Sequence[Conditions]) -> None:
+        """Go on with the job by another timeline, whose schedule agrees with the present one so far. K and V of blocks stay,
+        texts are heard anew."""
+        self._forget_texts()
+        self._take_up(shape, schedule, conditions)
+        for block, half in list(self._tails):
+            if schedule.plan.begins_scene(block + 1):  # the right neighbour that they were kept for does not come
+                del self._tails[block, half]
+
+    def _take_up(self, shape: JobShape, schedule: Schedule, conditions: Sequence[Conditions]) -> None:
         self._shape, self._schedule = shape, schedule
+        self._at_hand, self._num_known = TextsAtHand(shape.text_of_block, schedule.num_steps), len(conditions[0].texts)
         plan = schedule.plan
         most = max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks))
         self._rope = self._rope_table(most)
@@ -149,42 +173,23 @@ class Stage:
 
     def end(self) -> None:
         """Drop everything that belongs to a job."""
-        self._shape = self._schedule = self._cond = None
+        self._shape = self._schedule = self._at_hand = self._cond = None
         self._heads.clear()
         self._tails.clear()
-        if self._ferry is not None:
-            self._ferry.flush()
+        if self._mover is not None:
+            self._mover.flush()
         if self.device.type == "cuda":  # the codec, a process of its own, may need on this card what this one only keeps
             torch.cuda.empty_cache()
+        self._forget_texts()
+
+    def _forget_texts(self) -> None:
         for texts, crosses in zip(self._texts, self._crosses, strict=True):
             texts.clear()
             for cross in crosses:
                 cross.forget()
 
-    def tails(self) -> Tails:
-        """K/V kept for right neighbours' later items (`context="cached"`). Tensors are never written into, so that what is
-        returned stays as it is while the job goes on."""
-        return {
-            key: by_layer.in_host_memory() if isinstance(by_layer, HostCache) else dict(by_layer)
-            for key, by_layer in self._tails.items()
-        }
-
-    def tail_bytes(self) -> int:
-        """Bytes of what `tails` would return."""
-        return sum(
-            by_layer.num_bytes if isinstance(by_layer, HostCache) else sum(x.nbytes for pair in by_layer.values() for x in pair)
-            for by_layer in self._tails.values()
-        )
-
-    def restore_tails(self, tails: Tails) -> None:
-        """Take up what `tails` gave at a sweep's border; call it after `begin`."""
-        self._tails = {key: self._new_tail() for key in tails}
-        for key, by_layer in tails.items():
-            for layer, (k, v) in by_layer.items():
-                self._tails[key][layer] = (k, v) if self._ferry else (k.to(self.device), v.to(self.device))
-
     def _new_tail(self) -> MutableMapping[int, KeyValue]:
-        return {} if self._ferry is None else HostCache(self._ferry)
+        return {} if self._mover is None else HostCache(self._mover)
 
     def hidden_shape(self, item: Item) -> tuple[int, int, int]:
         """[B, n, D] of the activations that pass between stages for `item`."""
@@ -209,8 +214,9 @@ class Stage:
         activations [B, n, D]; on the last stage the prediction [1, C, own F, h, w] float32, or None after the first of two
         guidance halves.
         """
-        shape, schedule = self._shape, self._schedule
-        assert shape is not None and schedule is not None, "begin() a job first"
+        shape, schedule, at_hand = self._shape, self._schedule, self._at_hand
+        assert shape is not None and schedule is not None and at_hand is not None, "begin() a job first"
+        at_hand.comes(item)
         model = self.models[item.expert]
         temb, timestep_proj = self._conditions[item.expert]
         given = Handover(self._embed(model, incoming, item) if self.is_first else incoming)
@@ -221,10 +227,20 @@ class Stage:
             self._heads[item.half] = around.kept_head
         if item.keeps_tail:
             self._tails[item.block, item.half] = around.kept_tail
+        if (gone := at_hand.goes(item)) is not None:
+            self._forget_text(gone)
         out = self._predict(model, item, hidden, temb[item.step : item.step + 1]) if self.is_last else hidden
         if self.device.type == "cuda":  # who measures the work or waits for it in vain means the work, not its launch
             torch.cuda.current_stream(self.device).synchronize()
         return out
+
+    def _forget_text(self, text: int) -> None:
+        """No block in flight listens to it: its K and V go, and with them all of it that was heard on the way."""
+        for texts, crosses in zip(self._texts, self._crosses, strict=True):
+            for cross in crosses:
+                cross.forget(text)
+            if text >= self._num_known:
+                texts.pop(text, None)
 
     def _surroundings(self, item: Item) -> Surroundings:
         """Take out what the schedule says this item uses, and say what it is to leave."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
-import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dualparal.files import checksum_of, remove_partials, written_atomically
 
 MAX_BYTES = 10**9  # about 2000 prompts of a hundred tokens
 PARTIAL_LASTS_S = 3600.0
@@ -31,8 +31,11 @@ class EmbeddingCache:
         """What was stored under `key`, or None."""
         path = self._path(key)
         try:
-            found = load_file(path)["embeddings"]
-        except (OSError, SafetensorError, KeyError):
+            with safe_open(path, framework="pt") as opened:
+                found, checksum = opened.get_tensor("embeddings").clone(), (opened.metadata() or {}).get("checksum")
+        except (OSError, SafetensorError, RuntimeError):  # the last is torch's, where it cannot map the file
+            return None
+        if checksum != _checksum(key, found):  # of an older version, or other bits than were stored
             return None
         with contextlib.suppress(OSError):  # a folder that can only be read serves as well
             os.utime(path)  # used now
@@ -41,23 +44,18 @@ class EmbeddingCache:
     def store(self, key: str, embeddings: torch.Tensor) -> None:
         """Keep `embeddings`; the least recently used ones make room."""
         path = self._path(key)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        try:
+        with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(save({"embeddings": embeddings.contiguous()}))
-            os.replace(partial, path)
+            with written_atomically(path, is_durable=False, is_shared=True) as partial:
+                kept = embeddings.contiguous()
+                partial.write_bytes(save({"embeddings": kept}, {"checksum": _checksum(key, kept)}))
             self._make_room()
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.safetensors"
 
     def _make_room(self) -> None:
-        for left in self._folder.glob(".*.part"):  # of a process that was killed
-            if left.stat().st_mtime < time.time() - PARTIAL_LASTS_S:
-                left.unlink(missing_ok=True)
+        remove_partials(self._folder, min_age_s=PARTIAL_LASTS_S)
         files = sorted(((file.stat(), file) for file in self._folder.glob("*.safetensors")), key=lambda pair: pair[0].st_mtime)
         surplus = sum(stat.st_size for stat, _ in files) - self._max_bytes
         for stat, file in files[:-1]:
@@ -67,16 +65,9 @@ class EmbeddingCache:
             surplus -= stat.st_size
 
 
-def fingerprint(*folders: Path) -> str:
-    """Changes when a file in `folders` does: names, sizes and times, and in the hub's cache the content's own hash."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for file in sorted(file for file in folder.iterdir() if file.is_file()):
-            stat, target = file.stat(), file.resolve()
-            is_blob = target.parent.name == "blobs"
-            told = target.name if is_blob else f"{target} {stat.st_size} {stat.st_mtime_ns}"
-            digest.update(f"{folder.name}/{file.name} {told}\n".encode())
-    return digest.hexdigest()
+def _checksum(key: str, embeddings: torch.Tensor) -> str:
+    about = f"{key} {embeddings.dtype} {list(embeddings.shape)} ".encode()
+    return checksum_of(about + embeddings.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def cache_key(*parts: str) -> str:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from dualparal.model.parts import INDEX, PARTS, PIPELINE, TRANSFORMERS
 
 
 def write_tiny_checkpoint(
@@ -39,7 +42,7 @@ def write_tiny_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for component in ("transformer", "transformer_2")[:num_experts]:
+        for component in TRANSFORMERS[:num_experts]:
             dit = WanTransformer3DModel(
                 num_attention_heads=num_heads, attention_head_dim=head_dim, in_channels=z_dim, out_channels=z_dim,
                 text_dim=32, freq_dim=32, ffn_dim=ffn_dim, num_layers=num_layers, rope_max_seq_len=1024,
@@ -62,19 +65,16 @@ def write_tiny_checkpoint(
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
     ).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "WanPipeline",
+    index: dict[str, Any] = {
+        "_class_name": PIPELINE,
         "_diffusers_version": "0.42.1",
         "boundary_ratio": boundary_ratio if num_experts == 2 else None,
         "expand_timesteps": False,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": ["diffusers", "WanTransformer3DModel"] if num_experts == 2 else [None, None],
-        "vae": ["diffusers", "AutoencoderKLWan"],
+        **{name: [part.library, part.class_name or "PreTrainedTokenizerFast"] for name, part in PARTS.items()},
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    for component in TRANSFORMERS[num_experts:]:
+        index[component] = [None, None]
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return folder
 
 

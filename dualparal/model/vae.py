@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 
-from dualparal.errors import CheckpointError
 from dualparal.model.layout import Checkpoint
+from dualparal.model.weights import load_vae
 
 
 class StreamingDecoder:
@@ -35,13 +35,7 @@ class StreamingDecoder:
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, device: str, dtype: torch.dtype = torch.float32) -> StreamingDecoder:
         """Read the VAE of `checkpoint`; raises `CheckpointError` when it is incomplete."""
-        vae, info = AutoencoderKLWan.from_pretrained(
-            checkpoint.folder / "vae", dtype=dtype, use_safetensors=True, output_loading_info=True,
-            low_cpu_mem_usage=False,
-        )  # fmt: skip
-        if info["missing_keys"]:
-            raise CheckpointError(f"{checkpoint.folder}/vae lacks {sorted(info['missing_keys'])[0]}; download it again")
-        return cls(vae.to(device).requires_grad_(False).eval())
+        return cls(load_vae(checkpoint, dtype).to(device))
 
     def begin(self) -> None:
         """Forget the video before: the next latent frame is a video's first."""
@@ -69,6 +63,20 @@ class StreamingDecoder:
         if vae.config.patch_size is not None:
             out = unpatchify(out, patch_size=vae.config.patch_size)
         return out.clamp(-1.0, 1.0)
+
+    @torch.inference_mode()
+    def encode_picture(self, picture: torch.Tensor) -> torch.Tensor:
+        """The latent frame of a single picture, uint8 [H, W, 3]: [1, z, 1, h, w] normalised, float32 on the CPU.
+
+        As `AutoencoderKLWan.encode` gives its mode, but for the cache: the video that is being decoded goes on.
+        """
+        vae = self.vae
+        x = (picture.to(vae.device, vae.dtype) / 127.5 - 1).permute(2, 0, 1)[None, :, None]
+        if vae.config.patch_size is not None:
+            x = patchify(x, patch_size=vae.config.patch_size)
+        hidden = vae.encoder(x, feat_cache=[None] * vae._cached_conv_counts["encoder"], feat_idx=[0])
+        mode = vae.quant_conv(hidden).chunk(2, dim=1)[0]
+        return ((mode - self._mean) * self._inverse_std).float().cpu()
 
 
 def to_uint8(frames: torch.Tensor) -> torch.Tensor:

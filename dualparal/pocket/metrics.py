@@ -3,7 +3,7 @@
 Only pixels are looked at. `read_frames` finds, frame by frame, the background, the object's colour, shape, place and size;
 `classify_motion` names the motion of a track; `adherence` compares both with a prompt. Pure numpy. Videos are [frames, side,
 side, 3], uint8 or float in 0 .. 1; any square size: places and sizes are returned in pixels of the world's 64 x 64 picture.
-Checked against rendered scenes and against deliberately broken videos in tests/unit/test_pocket_metrics.py.
+Checked against rendered scenes and against deliberately broken videos in tests/pocket/test_metrics.py.
 """
 
 from __future__ import annotations

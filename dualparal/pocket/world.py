@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -170,9 +169,3 @@ def random_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
     else:
         x_px = rng.uniform(17, SIDE_PX - 17)
     return Scene(prompt=prompt, x_px=x_px, y_px=y_px, phase=float(rng.uniform()), radius_px=float(rng.uniform(*RADIUS_PX)))
-
-
-def as_dict(scene: Scene) -> dict[str, Any]:
-    """The scene as plain values, for records."""
-    return {"caption": scene.prompt.caption, "x_px": scene.x_px, "y_px": scene.y_px, "phase": scene.phase,
-            "radius_px": scene.radius_px}  # fmt: skip

@@ -1,4 +1,5 @@
-"""The API that "Use via API" shows and `gradio_client` calls: /generate /submit /status /cancel /result /presets.
+"""The API that "Use via API" shows and `gradio_client` calls: /generate /submit /status /cancel /steer /delete /result /look
+/presets.
 
 Values arrive unchecked on purpose: `GenerationRequest` is the one place that checks them, and its sentence is what the caller
 gets. The parameters of /generate and /submit are made from its fields, so they cannot drift apart.
@@ -15,20 +16,28 @@ from gradio.data_classes import FileData
 
 from dualparal.errors import DualParalError, RequestError, error_from_wire
 from dualparal.events import Failed
-from dualparal.request import GenerationRequest, frames_of_latents
-from dualparal.ui.owners import owner_of
+from dualparal.request import GenerationRequest
+from dualparal.ui import throttle
+from dualparal.ui.owners import address_of
 from dualparal.ui.panels import headline
 from dualparal.ui.snapshot import Snapshot
 from dualparal.ui.studio import Studio
+from dualparal.ui.uploads import uploaded
+from dualparal.ui.watch import look
+from dualparal.ui.words import without_paths
 
 log = logging.getLogger(__name__)
 
+DAMAGED = "its record was damaged; what was left of it is deleted"
 LOOK_EVERY_S = 0.2
 TELL_EVERY_S = 1.0
+MAX_THREADS = 4  # of one endpoint: more would only keep the page's loop from its turn
 OWNER = "a secret of your own choice; a job made with one is shown only to callers who give the same"
+FILES = ("start_image",)  # of the fields those that a caller uploads
 MEANINGS = {
     **{name: info.description or name for name, info in GenerationRequest.model_fields.items()},
     "preset": "a preset's name from /presets; the server's own one if left out",
+    "transition": "how the new shot begins: switch (at once, the default), blend (over some blocks) or cut (a new scene)",
     "job_id": "what /submit returned",
     "owner": OWNER,
 }
@@ -41,13 +50,13 @@ def add_endpoints(studio: Studio) -> None:
     assert block is not None
     for name, function in calls.endpoints().items():
         about = inspect.getdoc(function)
-        gr.api(_one_sentence(function), api_name=name, api_description=about, concurrency_limit=None)
+        gr.api(_one_sentence(function), api_name=name, api_description=about, concurrency_limit=_limit(function))
         made = list(block.fns.values())[-1]
         for component, parameter in zip(made.inputs, _parameters(function), strict=True):
             component.label = MEANINGS[parameter.name]  # instead of Gradio's "1st", "2nd"
             component._api_info["additional_description"] = MEANINGS[parameter.name]
         for component, label in zip(reversed(made.outputs), ("where the job stands", "the video"), strict=False):
-            component.label = label if name != "presets" else "all presets"
+            component.label = {"presets": "all presets", "look": label.replace("video", "film so far")}.get(name, label)
 
 
 class Calls:
@@ -60,7 +69,8 @@ class Calls:
         """Endpoint name → function."""
         return {
             "generate": _takes_request(self.generate), "submit": _takes_request(self.submit), "status": self.status,
-            "cancel": self.cancel, "result": self.result, "presets": self.presets,
+            "cancel": self.cancel, "steer": self.steer,
+            "delete": self.delete, "result": self.result, "look": self.look, "presets": self.presets,
         }  # fmt: skip
 
     async def generate(self, http: gr.Request, preset: Any, owner: Any, **fields: Any) -> AsyncIterator[tuple[Any, Any]]:
@@ -68,38 +78,67 @@ class Calls:
 
         If you hang up, the job goes on; its id is in every status.
         """
-        name = _owner(owner, http)
-        found = await asyncio.to_thread(self._submit, preset, name, fields)
+        name = self._owner(owner, http)
+        found = await asyncio.to_thread(self._submit, preset, name, address_of(http), fields)
         waited_s = TELL_EVERY_S
-        while not found.is_ended:
-            if waited_s >= TELL_EVERY_S:
-                waited_s = 0.0
-                yield None, self._status(found)
-            await asyncio.sleep(LOOK_EVERY_S)
-            waited_s += LOOK_EVERY_S
-            found = self.studio.find(found.job_id, name)
-        yield self._video(found), self._status(found)
+        with throttle.follower() as pause_s:
+            while not found.is_ended:
+                if waited_s >= max(TELL_EVERY_S, pause_s()):
+                    waited_s = 0.0
+                    yield None, await asyncio.to_thread(self._status, found)
+                await asyncio.sleep(LOOK_EVERY_S)
+                waited_s += LOOK_EVERY_S
+                found = await look(self.studio, found.job_id, name)
+        yield await asyncio.to_thread(lambda: (self._video(found), self._status(found)))
 
     def submit(self, http: gr.Request, preset: Any, owner: Any, **fields: Any) -> dict:
         """Queue a video and return at once. The status that comes back holds the `job_id` that the other endpoints want."""
-        return self._status(self._submit(preset, _owner(owner, http), fields))
+        return self._status(self._submit(preset, self._owner(owner, http), address_of(http), fields))
 
     def status(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
         """Where a job stands: state, place in line, progress, finished blocks, timings."""
-        return self._status(self.studio.find(job_id, _owner(owner, http)))
+        return self._status(self.studio.find(job_id, self._owner(owner, http)))
 
     def cancel(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
         """Stop a queued or running job. Its finished blocks are joined into a video that /result returns."""
-        name = _owner(owner, http)
+        name = self._owner(owner, http)
         self.studio.cancel(job_id, name)
         return self._status(self.studio.find(job_id, name))
 
+    def steer(
+        self, http: gr.Request, job_id: str, prompt: str, transition: str | None = None, owner: str | None = None
+    ) -> dict:
+        """Show another prompt from here on, in place of all that was to come in a running job: with the first block that has
+        not entered the pipeline yet. Answers with that `block`, the second `from_s` of the film that it begins at, and the
+        job's status."""
+        name = self._owner(owner, http)
+        told = self.studio.steer(job_id, prompt, transition, name)
+        return {
+            **self._status(self.studio.find(job_id, name)),
+            "block": told.block,
+            "from_s": told.from_s,
+            "notice": told.notice,
+        }
+
+    def delete(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
+        """Remove a job that has ended, with its video. The operator's key, as `owner`, stops and removes anybody's."""
+        found = self.studio.delete(job_id, self._owner(owner, http))
+        return self._status(found) if found else {"job_id": job_id, "state": "damaged", "message": DAMAGED}
+
     def result(self, http: gr.Request, job_id: str, owner: str | None = None) -> tuple[FileData | None, dict]:
         """The mp4 of a job that has ended, and its last status. A stopped or failed job has what was finished, or null."""
-        found = self.studio.find(job_id, _owner(owner, http))
+        found = self.studio.find(job_id, self._owner(owner, http))
         if not found.is_ended:
             raise RequestError(f"job {found.job_id} is {found.state}; ask /status until it has ended", "job_id")
         return self._video(found, must=False), self._status(found)
+
+    def look(self, http: gr.Request, job_id: str, owner: str | None = None) -> tuple[FileData | None, dict]:
+        """How the film looks so far, from the first steps on: a small animated WebP, rough where blocks are still being
+        denoised; null before the first look. And the job's status."""
+        found = self.studio.find(job_id, self._owner(owner, http))
+        path = self.studio.look(found)
+        look = path and FileData(path=str(path), orig_name=f"dualparal-{found.job_id}.webp", mime_type="image/webp")
+        return look, self._status(found)
 
     def presets(self) -> list[dict]:
         """Every preset with its values and limits; `usable` says which ones this server can run now."""
@@ -108,10 +147,14 @@ class Calls:
         found = sorted(self.studio.presets.values(), key=lambda preset: (preset.name != own, preset.name))
         return [{**preset.model_dump(), "usable": preset.name in usable, "default": preset.name == own} for preset in found]
 
-    def _submit(self, preset: Any, owner: str, fields: dict[str, Any]) -> Snapshot:
+    def _owner(self, token: Any, http: gr.Request | None) -> str:
+        return self.studio.owner_of(token, getattr(http, "username", None))
+
+    def _submit(self, preset: Any, owner: str, address: str, fields: dict[str, Any]) -> Snapshot:
         if not isinstance(fields.get("prompt"), str):
             raise RequestError("prompt is missing or not a text; give prompt='what the video shows'", "prompt")
-        return self.studio.submit(GenerationRequest(**fields), preset, owner=owner)
+        fields |= {name: uploaded(fields.get(name), name) for name in FILES}
+        return self.studio.submit(GenerationRequest(**fields), preset, owner=owner, address=address)
 
     def _video(self, found: Snapshot, must: bool = True) -> FileData | None:
         if must and isinstance(found.final, Failed):
@@ -127,27 +170,28 @@ class Calls:
             "job_id": found.job_id,
             "state": found.state,
             "message": f"{head}: {detail}",
-            "position": found.position if found.state == "queued" else 0,
+            "position": found.position or 0,
             "starts_in_s": self.studio.starts_in_s(found.job_id) if found.state == "queued" else None,
             "progress": 1.0 if found.state == "finished" else progress.items_done / progress.num_items if progress else 0.0,
             "eta_s": progress.eta_s if progress and found.state == "running" else None,
             "block_steps": list(progress.block_steps) if progress else [],
             "busy": list(progress.busy) if progress and found.state == "running" else [],
             "num_steps": found.request.num_inference_steps,
-            "num_frames": frames_of_latents(found.request.latents_num or 1),
+            "num_frames": found.request.num_frames,
             "num_frames_ready": found.num_frames,
             "blocks": [
                 {"block": b.block, "first_frame": b.first_frame, "num_frames": b.num_frames, "duration_s": b.duration_s}
                 for b in found.blocks
             ],
             "timings": found.timings,
-            "error": final.message if isinstance(final, Failed) else None,
+            "error": without_paths(final.message) if isinstance(final, Failed) else None,
             "settings": self.studio.settings(found),
         }
 
 
-def _owner(token: Any, http: gr.Request | None) -> str:
-    return owner_of(token, getattr(http, "username", None))
+def _limit(function: Callable[..., Any]) -> int | None:
+    """Calls at once: a few of those that work in a thread, as many as there are of those that only wait."""
+    return None if inspect.isasyncgenfunction(function) else MAX_THREADS
 
 
 def _takes_request(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,13 +226,14 @@ def _field_types() -> list[tuple[str, Any]]:
     first = ("seconds", "seed", "negative_prompt")
     fields = GenerationRequest.model_fields
     order = [*first, *(name for name in fields if name not in (*first, "prompt"))]
-    return [(name, _plain(fields[name].annotation)) for name in order]
+    return [(name, FileData | None if name in FILES else _plain(fields[name].annotation)) for name in order]
 
 
 def _plain(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
     parts = [get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(annotation)]
+    parts = [list if get_origin(part) is tuple else part for part in parts]
     return parts[0] | parts[1] if len(parts) == 2 and type(None) in parts else annotation
 
 
@@ -205,14 +250,14 @@ def _one_sentence(function: Callable[..., Any]) -> Callable[..., Any]:
                 async for update in function(*values):
                     yield update
             except Exception as error:
-                raise _told(error) from None
+                raise _as_gradio_error(error) from None
     else:
 
         def call(*values: Any) -> Any:  # type: ignore[misc]
             try:
                 return function(*values)
             except Exception as error:
-                raise _told(error) from None
+                raise _as_gradio_error(error) from None
 
     call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     call.__annotations__ = dict(getattr(function, "__annotations__", {}))
@@ -220,8 +265,8 @@ def _one_sentence(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _told(error: Exception) -> gr.Error:
+def _as_gradio_error(error: Exception) -> gr.Error:
     if isinstance(error, DualParalError):
-        return gr.Error(str(error), print_exception=False)
+        return gr.Error(without_paths(error), print_exception=False)
     log.error("an API call failed", exc_info=error)
     return gr.Error("something went wrong inside the server; its log has the details", print_exception=False)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dualparal.core.plan import BlockPlan
 from dualparal.events import Progress
-from dualparal.request import TEMPORAL_FACTOR, frames_of_latents
-from dualparal.ui.snapshot import Snapshot, Span
+from dualparal.messages import Span
+from dualparal.method.rules import plan_of
+from dualparal.ui import looks
+from dualparal.ui.snapshot import Snapshot
 from dualparal.ui.words import duration, safe
 
 TIMELINE_WIDTH = 1000
@@ -19,37 +20,39 @@ MOST_SPANS = 2000
 COLUMNS = 250
 
 
-def strip(found: Snapshot) -> str:
+def strip(found: Snapshot, root: str = "") -> str:
     """The video as a strip of blocks, as wide as each is long, filling up from below as it is denoised.
 
-    The page's script draws the playhead over it and seeks when a finished block is clicked (`data-from` is in seconds).
+    The page's scripts draw the playhead and each block's early look, and seek when a block is clicked (`data-from` is in
+    seconds).
     """
     request = found.request
-    assert request.latents_num and request.num_per_block and request.num_cat is not None and request.fps
-    sizes = BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat).lengths
+    plan = plan_of(request)
+    sizes = plan.lengths
     ready = {event.block for event in found.blocks}
-    num_steps = request.num_inference_steps or 1
+    num_steps = request.num_inference_steps
     steps = found.progress.block_steps if found.progress else ()
-    cells, words, first = [], [], 0
+    cells, words, first, looked = [], [], 0, looks.cells(found, root)
     for block, num_latents in enumerate(sizes):
         done = num_steps if block in ready else steps[block] if block < len(steps) else 0
         state = "ready" if block in ready else "moving" if done else "waiting"
         if found.is_ended and block not in ready:
             state = "lost"
-        num_frames = num_latents * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1) * (block == 0)
+        num_frames = plan.num_frames_of(block)
         label = f"block {block + 1}: {'ready' if block in ready else f'step {done} of {num_steps}'}"
         cells.append(
             f'<i class="block {state}" style="flex-grow:{num_frames};--done:{done / num_steps:.3f}" '
-            f'data-from="{first / request.fps:.4f}" title="{label}"></i>'
+            f'data-from="{first / request.fps:.4f}" data-pictures="{num_latents}" title="{label}"{looked.get(block, "")}></i>'
         )
         words.append(label)
         first += num_frames
-    total_s = frames_of_latents(request.latents_num) / request.fps
-    told = f"{len(ready)} of {len(sizes)} blocks ready"
+    total_s = request.num_frames / request.fps
+    summary = f"{len(ready)} of {len(sizes)} blocks ready"
     dense = " dense" if len(sizes) > 48 else ""
+    about = f'data-seconds="{total_s:.4f}" data-steps="{num_steps}" data-waits="{looks.waits(found)}"'
     return (
-        f'<div class="strip{dense}" role="img" aria-label="{told}" data-seconds="{total_s:.4f}">{"".join(cells)}</div>'
-        f'<div class="strip-scale"><span>0 s</span><span>{told}</span><span>{total_s:.1f} s</span></div>'
+        f'<div class="strip{dense}" role="img" aria-label="{summary}" {about}>{"".join(cells)}</div>'
+        f'<div class="strip-scale"><span>0 s</span><span>{summary}</span><span>{total_s:.1f} s</span></div>'
     )
 
 

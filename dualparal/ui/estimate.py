@@ -1,59 +1,54 @@
 """What a request will cost, before it runs: frames, blocks, memory, and time as learnt from the jobs already on disk.
 
-The time of a block step is taken to grow with the tokens a forward pass sees and with the number of guidance halves; the
-factor is the median of the last finished jobs of the same model.
+Its work is the plan's (`JobPlan.work`); how long a unit of it takes is learnt from the last finished jobs of an engine like
+this one (`planning.learnt`), and before the first of them taken from `plan --calibrate`, where that has been run.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from dualparal.core.plan import BlockPlan
-from dualparal.core.rules import step_cache
 from dualparal.errors import DualParalError
-from dualparal.events import Finished, Started
-from dualparal.request import GenerationRequest, frames_of_latents
-from dualparal.runtime.journal import JobFolder, list_jobs
+from dualparal.events import Finished, Progress
+from dualparal.jobs.folder import JobFolder, list_jobs
+from dualparal.jobs.history import fold
+from dualparal.method.rules import plan_of
+from dualparal.planning.learnt import MadeJob, Pace, learn_pace
+from dualparal.presets import restore
+from dualparal.request import Settings
 
 if TYPE_CHECKING:
-    from dualparal.runtime.engine import Engine
+    from dualparal.engine.engine import Engine
 
 LEARN_FROM_JOBS = 8
 LOOK_AT_FOLDERS = 60
 RELEARN_AFTER_S = 10.0
+KNOWN_REQUESTS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Costs of one resolved request. None means not known. `refusal` is a sentence when it cannot run here."""
+    """Costs of one completed request: it begins in `wait_s` and then takes `time_s`. None means not known. `refusal` is
+    a sentence when it cannot run here; `chosen` says why auto chose schedule and context, or nothing."""
 
     num_frames: int
     seconds: float
     num_blocks: int
     num_items: int
     time_s: float | None = None
+    wait_s: float | None = None
     bytes_per_rank: int | None = None
     refusal: str | None = None
+    chosen: str = ""
 
 
-def num_blocks_of(request: GenerationRequest) -> int:
-    """Blocks the resolved request is cut into."""
-    assert request.latents_num and request.num_per_block and request.num_cat is not None
-    return BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat).num_blocks
-
-
-def work_of(request: GenerationRequest) -> float:
-    """Token passes of the whole request: computed block steps x tokens a pass sees x guidance halves."""
-    assert request.num_inference_steps and request.height and request.width and request.num_per_block and request.latents_num
-    window = min(request.latents_num, request.num_per_block + 2 * (request.num_cat or 0))
-    tokens = window * (request.height // 16) * (request.width // 16)
-    halves = 2 if (request.guidance_scale or 0) > 1 else 1
-    cache = step_cache(request)
-    steps = cache.mean_computed(request.num_inference_steps) if cache else request.num_inference_steps
-    return num_blocks_of(request) * steps * tokens * halves
+def num_blocks_of(request: Settings) -> int:
+    """Blocks the completed request is cut into."""
+    return plan_of(request).num_blocks
 
 
 class Estimator:
@@ -63,57 +58,79 @@ class Estimator:
         self._engine = engine
         checkpoint = getattr(engine, "checkpoint", None)
         self._model = str(checkpoint.folder) if checkpoint else engine.preset.model
-        self._seconds_per_work: float | None = None
+        self._pace: Pace | None = None
+        self._work: dict[str, tuple[float, float]] = {}  # of requests as JSON; and the first block's share of it
         self._learnt_at = -RELEARN_AFTER_S
 
-    def estimate(self, request: GenerationRequest) -> Estimate:
-        """The costs of a resolved request."""
-        assert request.latents_num and request.num_inference_steps and request.fps
+    def estimate(self, request: Settings, *, wait_s: float | None = None) -> Estimate:
+        """The costs of a completed request that would begin in `wait_s`."""
         num_blocks = num_blocks_of(request)
-        num_frames = frames_of_latents(request.latents_num)
+        num_frames = request.num_frames
         plan = self._engine.plan(request, is_short=True)
+        self._work_of(request)
         return Estimate(
             num_frames=num_frames, seconds=num_frames / request.fps, num_blocks=num_blocks,
-            num_items=num_blocks * request.num_inference_steps, time_s=self.time_s(request),
-            bytes_per_rank=plan.bytes_per_rank, refusal=plan.refusal,
+            num_items=num_blocks * request.num_inference_steps, time_s=self.time_s(request), wait_s=wait_s,
+            bytes_per_rank=plan.bytes_per_rank, refusal=plan.refusal, chosen=request.chosen,
         )  # fmt: skip
 
-    def time_s(self, request: GenerationRequest) -> float | None:
-        """Seconds that the resolved request will run; None while nothing has been learnt. Cheap."""
-        rate = self.seconds_per_work()
-        return None if rate is None else rate * work_of(request)
+    def time_s(self, request: Settings) -> float | None:
+        """Seconds that the request will run; None while nothing has been learnt or measured. Cheap the second time."""
+        pace = self.pace()
+        if pace is not None:
+            return pace.time_s(self._work_of(request)[0])
+        calibrated: float | None = self._engine.plan(request).total_s
+        return calibrated
 
-    def seconds_per_work(self) -> float | None:
-        """Seconds per token pass, the median of the last finished jobs of this model; None before the first."""
+    def first_frames_in_s(self, request: Settings, progress: Progress) -> float | None:
+        """Seconds until the first block of a job under way is denoised; None when it is, or nothing is known of the time."""
+        known = self._work.get(_key(request))  # planned when it was submitted; here the page's loop waits
+        done = progress.items_done / max(1, progress.num_items)
+        if known is None or progress.eta_s is None or done >= known[1]:
+            return None
+        return progress.eta_s * (known[1] - done) / (1 - done)
+
+    def pace(self) -> Pace | None:
+        """What the last finished jobs of an engine like this one have taken; None before the first."""
         if time.monotonic() - self._learnt_at > RELEARN_AFTER_S:
             self._learnt_at = time.monotonic()
-            self._seconds_per_work = self._learn()
-        return self._seconds_per_work
+            self._pace = learn_pace(list(islice(self._made_jobs(), LEARN_FROM_JOBS)))
+        return self._pace
 
-    def _learn(self) -> float | None:
-        rates: list[float] = []
-        for number, folder in enumerate(list_jobs(self._engine.outputs)):
-            if number >= LOOK_AT_FOLDERS or len(rates) >= LEARN_FROM_JOBS:
-                break
-            rate = self._rate_of(folder)
-            if rate:
-                rates.append(rate)
-        return statistics.median(rates) if rates else None
+    def _work_of(self, request: Settings) -> tuple[float, float]:
+        key = _key(request)
+        if key not in self._work:
+            if len(self._work) >= KNOWN_REQUESTS:
+                self._work.clear()
+            plan = self._engine.plan(request)
+            self._work[key] = plan.work, plan.first_share
+        return self._work[key]
 
-    def _rate_of(self, folder: JobFolder) -> float | None:
-        events = folder.events()
-        started = next((event for event in events if isinstance(event, Started)), None)
-        final = events[-1] if events else None
-        if started is None or not isinstance(final, Finished):
+    def _made_jobs(self) -> Iterator[MadeJob]:
+        for folder in islice(list_jobs(self._engine.outputs), LOOK_AT_FOLDERS):
+            try:
+                if (job := self._made_job(folder)) is not None:
+                    yield job
+            except (DualParalError, KeyError, TypeError, ValueError):  # a record of another version
+                continue
+
+    def _made_job(self, folder: JobFolder) -> MadeJob | None:
+        """A finished job of an engine like this one that was never cut off, and whose times were measured."""
+        history = fold(folder.events())
+        final = history.final
+        if history.num_runs != 1 or not history.is_timed or not isinstance(final, Finished) or "denoise_s" not in final.timings:
             return None
-        try:
-            record = folder.record()
-            if (
-                record.get("baseline")
-                or record.get("model") != self._model
-                or record.get("ranks", self._engine.ranks) != self._engine.ranks
-            ):
-                return None
-            return (final.time_s - started.time_s) / work_of(GenerationRequest(**record["request"]))
-        except (DualParalError, KeyError, TypeError, AssertionError):
+        record = folder.record()
+        alike = {"model": self._model, "ranks": self._engine.ranks}
+        alike |= {name: getattr(self._engine, name, None) for name in ("dtype", "threads")}
+        if record.get("baseline") or any(record.get(name, here) != here for name, here in alike.items()):
             return None
+        denoise_s = final.timings["denoise_s"]
+        work, _ = self._work_of(restore(record["request"]))
+        return MadeJob(work=work, denoise_s=denoise_s, besides_s=history.worked_s - denoise_s)
+
+
+def _key(request: Settings) -> str:
+    return request.model_dump_json(
+        exclude={"prompt": True, "negative_prompt": True, "seed": True, "chosen": True, "shots": {"__all__": {"prompt"}}}
+    )

@@ -5,38 +5,47 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from dualparal.errors import RequestError
-from dualparal.presets import Preset
-from dualparal.request import CONTEXTS, TEMPORAL_FACTOR, GenerationRequest, frames_of_latents
-from dualparal.ui import pace
-from dualparal.ui.studio import Studio
+from dualparal.method.timeline import written
+from dualparal.presets import FLOW_SHIFT, Preset
+from dualparal.prompts import split_timeline
+from dualparal.request import AUTO, CONTEXTS, SOLVERS, TEMPORAL_FACTOR, GenerationRequest, Settings, asked_again
+from dualparal.ui import pace, timeline
+from dualparal.ui.slider import Slider
+from dualparal.ui.studio import SHORT_SEEDS, Studio
+from dualparal.ui.uploads import PICTURES, uploaded
 
+HERE = Path(__file__).parent
 NAMES = (
     "prompt", "negative_prompt", "preset", "seconds", "seed", "pace", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "guidance_start", "guidance_stop", "flow_shift", "boundary_ratio", "num_per_block", "num_cat",
-    "context", "width", "height", "rules",
+    "guidance_scale_2", "guidance_start", "guidance_stop", "flow_shift", "boundary_ratio", "solver", "num_per_block", "num_cat",
+    "context", "width", "height", "start_image", "stored",
 )  # fmt: skip
-WHOLE = ("num_inference_steps", "num_per_block", "num_cat", "width", "height")
 LENGTH_INFO = "More seconds take more time, hardly more memory."
-CHOICES = {"context": CONTEXTS}
+CHOICES = {"context": (AUTO, *CONTEXTS), "solver": SOLVERS}
 TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
-INTERVAL = {"guidance_start": 0, "guidance_stop": 1}  # the values at which every step has guidance, as when they are left out
+EMPTY = {"prompt": "", "negative_prompt": None}  # what an empty box asks for
 NO_NEGATIVE = "what it should not show"
+PICTURE = "Anchor: a picture to begin with (PNG, JPEG, WebP)"
+PICTURE_AGAIN = "It began with a picture: give it again"
 
 
 @dataclass(frozen=True)
 class Form:
     """The form's components by name; `inputs` and the values that come back from the page are in the order of NAMES.
 
-    "pace" is a place of `ui/pace.py`. "rules" is not shown: what `pace.exact` keeps of a request that was filled in, or None.
+    "pace" is a place of `ui/pace.py`. "stored" is not shown: the settings that were filled in, or None.
     """
 
     parts: dict[str, Any]
     dice: gr.Button
+    timeline: gr.HTML
+    film: gr.HTML
 
     @property
     def inputs(self) -> list[Any]:
@@ -55,6 +64,8 @@ def build(studio: Studio) -> Form:
     parts["prompt"] = gr.Textbox(
         label="Prompt", placeholder="What should the video show?", lines=3, max_lines=10, autofocus=True, elem_id="prompt"
     )
+    shots = gr.HTML(timeline.EDITOR, apply_default_css=False, elem_id="timeline", js_on_load=(HERE / "timeline.js").read_text())
+    film = gr.HTML(apply_default_css=False, elem_id="film")
     parts["negative_prompt"] = gr.Textbox(
         label="Keep out (negative prompt)", placeholder=preset.negative_prompt[:80] or NO_NEGATIVE, lines=1, max_lines=4
     )
@@ -62,22 +73,23 @@ def build(studio: Studio) -> Form:
         [(p.title, p.name) for p in studio.usable_presets()], value=preset.name, label="Model and size", filterable=False,
         info=preset.hardware or None, elem_id="preset",
     )  # fmt: skip
-    parts["seconds"] = gr.Slider(**at["seconds"], label="Length in seconds", info=LENGTH_INFO, elem_id="seconds")
-    parts["pace"] = gr.Slider(
+    parts["seconds"] = Slider(**at["seconds"], label="Length in seconds", info=LENGTH_INFO, elem_id="seconds")
+    parts["pace"] = Slider(
         pace.SMOOTHEST, pace.SOONEST, pace.of_preset(preset), step=1, label=pace.LABEL, info=pace.INFO, elem_id="pace"
     )
-    parts["rules"] = gr.State(None)
+    parts["stored"] = gr.State(None)
     with gr.Row(elem_classes="seed-row"):
         # A text box: Gradio's Number shows an empty value as 0, and a browser's numbers end at 2**53.
         parts["seed"] = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, min_width=80, elem_id="seed")
         dice = gr.Button("⚄", elem_id="dice", min_width=44, scale=0)
+    parts["start_image"] = gr.File(label=PICTURE, file_types=list(PICTURES), type="filepath", elem_id="start-image", height=72)
     with gr.Column(elem_id="advanced"):
         # Not an Accordion. Gradio makes what is in a closed one when it is opened, and a moment later sets it to the values it
         # had: what was typed in between is gone (seen after 40 ms, on a busy machine 200). Here style.css hides the parts.
         gr.HTML("<details><summary>Advanced</summary></details>", apply_default_css=False)
         with gr.Column(elem_id="advanced-parts"):
             _advanced(parts, preset, at, two)
-    return Form(parts, dice)
+    return Form(parts, dice, shots, film)
 
 
 def _advanced(parts: dict[str, Any], preset: Preset, at: dict[str, dict[str, Any]], two: bool) -> None:
@@ -86,7 +98,7 @@ def _advanced(parts: dict[str, Any], preset: Preset, at: dict[str, dict[str, Any
             value = getattr(preset, name)
             parts[name] = gr.Dropdown(list(CHOICES[name]), value=value, label=label, info=info, filterable=False)
         else:
-            parts[name] = gr.Slider(**at[name], label=label, info=info, visible=two or name not in TWO_EXPERTS)
+            parts[name] = Slider(**at[name], label=label, info=info, visible=two or name not in TWO_EXPERTS)
     with gr.Row(elem_classes="size-row"):
         for name, label in (("width", "Width"), ("height", "Height")):
             parts[name] = gr.Number(getattr(preset, name), label=label, precision=0, minimum=16, min_width=80)
@@ -100,9 +112,14 @@ ADVANCED = {
     "guidance_stop": ("Guidance until", "Share of the steps after which guidance is off."),
     "boundary_ratio": ("Switch between experts", "Share of the noise range that the low-noise expert takes."),
     "flow_shift": ("Flow shift", "Higher spends more steps on the rough composition; larger pictures want more."),
-    "num_per_block": ("Latent frames per block", "Longer blocks are steadier and need more memory."),
-    "num_cat": ("Context", "Latent frames of each neighbour a block sees; 0 makes blocks independent."),
-    "context": ("Left context", "“recomputed” as in the paper; “cached” keeps the neighbour’s keys and values: less work."),
+    "solver": ("Solver", "How a step is taken: “unipc” is the models’ own, LoRAs for few steps want “euler”."),
+    "num_per_block": ("Latent frames per block (num_per_block)", "Longer blocks are steadier and need more memory."),
+    "num_cat": ("Context (num_cat)", "Latent frames of each neighbour a block sees; 0 makes blocks independent."),
+    "context": (
+        "Left context",
+        "“recomputed” as in the paper; “cached” keeps the neighbour’s keys and values: less work, more memory; “auto” caches "
+        "where they fit.",
+    ),
 }
 
 
@@ -120,46 +137,59 @@ def ranges(preset: Preset) -> dict[str, dict[str, Any]]:
         },
         "guidance_scale": {"minimum": 0, "maximum": 20, "step": 0.1, "value": preset.guidance_scale},
         "guidance_scale_2": {"minimum": 0, "maximum": 20, "step": 0.1, "value": second},
-        "guidance_start": {"minimum": 0, "maximum": 1, "step": 0.05, "value": INTERVAL["guidance_start"]},
-        "guidance_stop": {"minimum": 0, "maximum": 1, "step": 0.05, "value": INTERVAL["guidance_stop"]},
+        "guidance_start": {"minimum": 0, "maximum": 1, "step": 0.05, "value": 0},
+        "guidance_stop": {"minimum": 0, "maximum": 1, "step": 0.05, "value": 1},
         "boundary_ratio": {"minimum": 0, "maximum": 1, "step": 0.005, "value": boundary},
-        "flow_shift": {"minimum": 0.1, "maximum": 20, "step": 0.1, "value": preset.flow_shift},
+        "flow_shift": {"minimum": 0.1, "maximum": 20, "step": 0.1, "value": preset.flow_shift or FLOW_SHIFT},
         "num_per_block": {"minimum": 1, "maximum": limits.num_per_block, "step": 1, "value": preset.num_per_block},
         "num_cat": {"minimum": 0, "maximum": most_cat, "step": 1, "value": min(preset.num_cat, most_cat)},
     }  # fmt: skip
 
 
-def read(studio: Studio, values: Sequence[Any]) -> tuple[GenerationRequest, Any]:
-    """The request that the form's values stand for, and the preset's name. Raises `RequestError`."""
+def read(studio: Studio, values: Sequence[Any]) -> Settings:
+    """The settings that the form's values stand for. Raises `RequestError`.
+
+    What was filled in is overlaid with what has been changed since, so that all that the form does not show, or not exactly,
+    is as it was.
+    """
     found = dict(zip(NAMES, values, strict=True))
-    preset_name = found.pop("preset")
-    preset = studio.preset(preset_name)
-    for name in WHOLE:
-        if isinstance(found[name], float):
-            if not found[name].is_integer():
-                raise RequestError(f"{name}={found[name]:g} must be a whole number", name)
-            found[name] = int(found[name])
-    found["seed"] = _seed(found["seed"])
-    if not str(found["prompt"] or "").strip():
-        raise RequestError("the prompt is empty; say what the video should show", "prompt")
-    if found["seconds"] == 0:  # the slider's left end: a single picture
-        found["seconds"], found["latents_num"] = None, 1
+    stored, preset = found.pop("stored"), studio.preset(found.pop("preset"))
+    asked: dict[str, Any] = {"fps": preset.fps} if stored is None else asked_again(stored.model_dump(exclude_none=True))
+    before = {"pace": pace.of_preset(preset)} if stored is None else _shown(studio, stored, preset)
+    changed = {name: value for name, value in found.items() if name not in before or value != before[name]}
     if studio.engine.num_experts < 2:
-        found["guidance_scale_2"] = found["boundary_ratio"] = None
-    place, rules = found.pop("pace"), found.pop("rules") or {}
-    found["negative_prompt"] = found["negative_prompt"] or rules.get("negative_prompt")
-    for name, whole in INTERVAL.items():
-        if found[name] == whole and rules.get(name) != whole:
-            found[name] = None
-    if place not in range(pace.SMOOTHEST, pace.SOONEST + 1):
-        raise RequestError(f"smoothest to soonest is a whole number from {pace.SMOOTHEST} to {pace.SOONEST}", "schedule")
-    found |= {name: rules.get(name) for name in pace.CACHE}
-    request = GenerationRequest(fps=rules.get("fps") or preset.fps, **found)
-    if "schedule" in rules:
-        chosen = {name: rules[name] for name in pace.SCHEDULE}
-    else:
-        chosen = pace.fields(studio, request, preset_name, int(place))
-    return request.model_copy(update=chosen), preset_name
+        changed = {name: value for name, value in changed.items() if name not in TWO_EXPERTS}
+    has_moved, place = "pace" in changed, changed.pop("pace", None)
+    if has_moved:
+        asked = {name: value for name, value in asked.items() if name not in pace.NUMBERS}
+        asked["schedule"] = pace.schedule_at(place)
+    if empty := next((name for name, value in changed.items() if value is None and name in ADVANCED), None):
+        raise RequestError(f"{ADVANCED[empty][0]} is empty; give a number", empty)
+    if "prompt" in changed and asked.pop("shots", None) is not None:
+        changed["seconds"] = found["seconds"]
+    if "shots" in asked or split_timeline(found["prompt"] or "")[1]:  # they say how long it is
+        asked.pop("latents_num", None)
+        changed.pop("seconds", None)
+    if "seconds" in changed:
+        asked.pop("latents_num", None)
+        changed["seconds"] = _seconds(changed["seconds"], preset.fps)
+    if "start_image" in changed:
+        changed["start_image"] = uploaded(changed["start_image"], "start_image")
+    if "seed" in changed:
+        changed["seed"] = _seed(changed["seed"])
+    changed |= {name: changed[name] or default for name, default in EMPTY.items() if name in changed}
+    settings = studio.resolve(GenerationRequest(**asked | changed), preset.name)
+    return pace.spread(settings, int(place)) if has_moved else settings
+
+
+def _seconds(value: Any, fps: int) -> Any:
+    if value is None or (isinstance(value, int | float) and value <= 0):
+        raise RequestError(
+            f"the length is {'empty' if value is None else f'{value:g} s'}; give more than 0 seconds "
+            f"({1 / fps:.2f} is a single picture)",
+            "seconds",
+        )
+    return value
 
 
 def _seed(text: object) -> int | None:
@@ -171,28 +201,38 @@ def _seed(text: object) -> int | None:
     return int(stripped)
 
 
-def fill(studio: Studio, request: GenerationRequest, preset_name: object = None) -> list[Any]:
-    """Updates that make the form show a stored request. Raises `RequestError` for a preset that is not usable here."""
-    preset = studio.preset(preset_name)
-    resolved = request if request.is_resolved else request.resolve(preset, num_experts=studio.engine.num_experts)
-    preset.limits.check(resolved)
+def _shown(studio: Studio, settings: Settings, preset: Preset) -> dict[str, Any]:
+    """What the form shows of `settings`, by name."""
     at = ranges(preset)
-    assert resolved.latents_num and resolved.fps
-    stored = resolved.model_dump()
-    stored["preset"] = preset.name
-    stored["pace"], stored["rules"] = pace.of_request(studio, resolved, preset.name), pace.exact(resolved)
-    stored["seconds"] = (frames_of_latents(resolved.latents_num) - 1) / resolved.fps
-    stored["seed"] = str(resolved.seed)
-    if stored["negative_prompt"] == preset.negative_prompt:
-        stored["negative_prompt"] = ""
+    shown = settings.model_dump(include=set(NAMES) - {"start_image"}) | {"prompt": written(settings)}
+    shown["pace"] = pace.of_settings(settings, studio.engine.ranks)
+    # The slider's steps are whole latents from 0 on; a single picture lies between the first two.
+    frames = settings.num_frames
+    shown["seconds"] = (frames - 1 if frames > 1 else 1) / settings.fps
+    shown["seed"] = str(settings.seed)
+    if settings.negative_prompt == preset.negative_prompt:
+        shown["negative_prompt"] = ""
+    return {name: at[name]["value"] if value is None else value for name, value in shown.items()}
+
+
+def fill(
+    studio: Studio, request: GenerationRequest, preset_name: object = None, *, began_with_picture: bool = False
+) -> list[Any]:
+    """Updates that make the form show a stored request; a picture has to be given again. Raises `RequestError` for what cannot
+    be made here."""
+    preset = studio.preset(preset_name)
+    settings = studio.resolve(request, preset.name)
+    at, shown = ranges(preset), {**_shown(studio, settings, preset), "preset": preset.name, "stored": settings}
+    shown["start_image"] = None
     updates = []
     for name in NAMES:
-        value, changes = stored[name], {}
+        value, changes = shown[name], {}
         if name in at:
-            value = at[name]["value"] if value is None else value
             changes = {"minimum": min(at[name]["minimum"], value), "maximum": max(at[name]["maximum"], value)}
+        elif name == "start_image":
+            changes = {"label": PICTURE_AGAIN if began_with_picture else PICTURE}
         elif name == "negative_prompt":
-            changes = {"placeholder": preset.negative_prompt[:80] if resolved.negative_prompt else NO_NEGATIVE}
+            changes = {"placeholder": preset.negative_prompt[:80] if settings.negative_prompt else NO_NEGATIVE}
         updates.append(gr.update(value=value, **changes))
     return updates
 
@@ -209,7 +249,7 @@ def choose_preset(studio: Studio, preset_name: str) -> list[Any]:
             updates.append(gr.update(value=getattr(preset, name)))
         elif name == "pace":
             updates.append(gr.update(value=pace.of_preset(preset)))
-        elif name == "rules":
+        elif name == "stored":
             updates.append(gr.update(value=None))
         elif name == "negative_prompt":
             updates.append(gr.update(placeholder=preset.negative_prompt[:80] or NO_NEGATIVE))
@@ -222,4 +262,4 @@ def choose_preset(studio: Studio, preset_name: str) -> list[Any]:
 
 def roll() -> str:
     """A seed short enough to remember."""
-    return str(random.randrange(10**6))
+    return str(random.randrange(SHORT_SEEDS))

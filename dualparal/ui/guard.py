@@ -9,11 +9,20 @@ import logging
 
 from gradio.route_utils import FnIndexInferError
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 UNREADABLE = (TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError, AssertionError, FnIndexInferError)
+
+
+UNFIT = {"detail": "this request fits no endpoint; /gradio_api/info lists them"}
+
+
+async def unfit(_: Request, __: Exception) -> JSONResponse:
+    """The answer to a body of the wrong form; FastAPI's own repeats all of it."""
+    return JSONResponse(UNFIT, status_code=422)
 
 
 class Guard:
@@ -46,6 +55,6 @@ class Guard:
         name = type(error).__name__
         if isinstance(error, UNREADABLE) and "/gradio_api/" in scope["path"]:
             log.info("a request to %r could not be read: %s", scope["path"][:100], name)
-            return JSONResponse({"detail": "this request fits no endpoint; /gradio_api/info lists them"}, status_code=400)
+            return JSONResponse(UNFIT, status_code=400)
         log.error("a request to %r failed", scope["path"][:100], exc_info=error)
         return JSONResponse({"detail": "something went wrong inside the server; its log has the details"}, status_code=500)

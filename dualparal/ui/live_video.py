@@ -10,6 +10,7 @@ import asyncio
 from abc import ABCMeta
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import gradio as gr
 from gradio.data_classes import FileData
@@ -17,14 +18,24 @@ from gradio.data_classes import FileData
 from dualparal.events import BlockReady
 
 
-class _NoStub(type(gr.Video)):  # type: ignore[misc]
+class NoStub(type(gr.Video)):  # type: ignore[misc]
     """Makes a component class without Gradio's side effect of writing a `.pyi` file beside this one."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], attrs: dict[str, Any]) -> Any:
         return ABCMeta.__new__(cls, name, bases, attrs)
 
 
-class LiveVideo(gr.Video, metaclass=_NoStub):
+_segments: WeakValueDictionary[str, memoryview] = WeakValueDictionary()
+
+
+def _shared(path: str) -> memoryview:
+    """The bytes of a segment, once for all tabs that show it, for as long as one of them does."""
+    if (data := _segments.get(path)) is None:
+        data = _segments[path] = memoryview(Path(path).read_bytes())
+    return data
+
+
+class LiveVideo(gr.Video, metaclass=NoStub):
     """To be made with `streaming=True`. Its stream chunks are `BlockReady` events; an update with a path shows that file."""
 
     is_template = True  # use the Video's own front end
@@ -42,7 +53,7 @@ class LiveVideo(gr.Video, metaclass=_NoStub):
         """Hand one segment to Gradio's HLS playlist, byte for byte."""
         chunk = None
         if isinstance(value, BlockReady):
-            data = await asyncio.to_thread(Path(value.path).read_bytes)
+            data = await asyncio.to_thread(_shared, value.path)
             chunk = {"data": data, "duration": value.duration_s, "extension": ".ts"}
         where = {"path": output_id, "is_stream": True, "orig_name": "video.mp4", "meta": {"_type": "gradio.FileData"}}
         return chunk, where

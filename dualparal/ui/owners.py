@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from typing import Any
 
 MAX_TOKEN_CHARS = 200
+OPERATOR = "operator:"  # no token's digest and no login's name
 
 
 def new_token() -> str:
@@ -27,6 +29,16 @@ def owner_of(token: object, username: str | None = None) -> str:
     return hashlib.sha256(token[:MAX_TOKEN_CHARS].encode("utf-8", "replace")).hexdigest()[:32]
 
 
+def address_of(http: Any) -> str:
+    """The address that a `gr.Request` comes from, '' when it is not known."""
+    return str(getattr(getattr(http, "client", None), "host", "") or "")
+
+
 def may_touch(owner: str, job_owner: str) -> bool:
     """True if `owner` may see, stop and delete a job of `job_owner`."""
-    return not job_owner or hmac.compare_digest(owner.encode(), job_owner.encode())
+    return not job_owner or is_same(owner, job_owner)
+
+
+def is_same(given: str, known: str) -> bool:
+    """Whether two secrets are the same, in a time that does not tell how much of them is."""
+    return hmac.compare_digest(given.encode("utf-8", "replace"), known.encode("utf-8", "replace"))

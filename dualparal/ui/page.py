@@ -15,11 +15,13 @@ import gradio as gr
 
 from dualparal.errors import DualParalError, RequestError
 from dualparal.media.metadata import read_settings
-from dualparal.request import GenerationRequest
-from dualparal.ui import api, form, gallery, owners, pace, panels
+from dualparal.presets import USUAL
+from dualparal.prompts import MAX_PROMPT_CHARS, TRANSITIONS
+from dualparal.ui import api, form, gallery, owners, panels, timeline
 from dualparal.ui.live_video import LiveVideo
 from dualparal.ui.studio import Studio
 from dualparal.ui.watch import watch
+from dualparal.ui.words import without_paths
 
 HERE = Path(__file__).parent
 TICK_S = 2.0
@@ -46,11 +48,12 @@ element.addEventListener('click', (event) => {
   if (kinds.includes(button.dataset.do)) trigger(button.dataset.do, {id: button.dataset.id});
 });
 """
+BOARD_JS = (HERE / "rough.js").read_text(encoding="utf-8") + (HERE / "strip.js").read_text(encoding="utf-8")
 
 
 def one_sentence(error: DualParalError) -> gr.Error:
     """The error as a message on the page. Escaped: Gradio shows messages as HTML, and they quote what was typed."""
-    return gr.Error(html.escape(str(error)), print_exception=False, title="That did not work")
+    return gr.Error(html.escape(without_paths(error)), print_exception=False, title="That did not work")
 
 
 class Page:
@@ -80,13 +83,14 @@ class Page:
         with gr.Row(elem_id="masthead"):
             gr.HTML("<h1>DualParal <span>Studio</span></h1>", apply_default_css=False, elem_id="brand")
             self.chip = gr.HTML(panels.engine_chip(self.studio), apply_default_css=False, elem_id="chip")
-        with gr.Row(elem_id="desk"):
+        with gr.Row(elem_id="workspace"):
             with gr.Column(elem_id="composer", scale=4, min_width=320):
                 self.form = form.build(self.studio)
                 self.estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
                 with gr.Row(elem_id="go"):
                     self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
                     self.stop = gr.Button("Stop", variant="stop", elem_id="stop", visible=False, scale=1, min_width=90)
+                    self.another = gr.Button("Stop, try another seed", elem_id="another", visible=False, scale=1, min_width=104)
                 self.restore = gr.File(
                     label="Drop a video made here to restore its settings", file_types=[".mp4"], elem_id="restore", height=72
                 )
@@ -109,7 +113,17 @@ class Page:
                     )  # fmt: skip
                     prompts = own.examples[:4] or DEFAULT_EXAMPLES
                     self.examples = [(gr.Button(f"▸ {prompt}", elem_classes="example"), prompt) for prompt in prompts]
-                self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=(HERE / "strip.js").read_text())
+                self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=BOARD_JS)
+                with gr.Row(elem_id="steer", visible=False) as self.steering:
+                    self.steer_text = gr.Textbox(
+                        show_label=False, placeholder="From here on: another prompt for all blocks that have not entered yet",
+                        max_length=MAX_PROMPT_CHARS, elem_id="steer-text", scale=6, container=False,
+                    )  # fmt: skip
+                    self.steer_how = gr.Dropdown(
+                        TRANSITIONS, show_label=False, elem_id="steer-how", scale=1, min_width=100, container=False,
+                    )  # fmt: skip
+                    self.steer = gr.Button("From here on", elem_id="steer-go", scale=1, min_width=120)
+                self.steered = gr.HTML(apply_default_css=False, elem_id="steered")
                 self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
                 self.queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=BUTTONS_JS)
         self.gallery = gr.HTML(apply_default_css=False, elem_id="gallery", js_on_load=BUTTONS_JS)
@@ -133,12 +147,22 @@ class Page:
             filled = button.click(lambda prompt=prompt: prompt, None, self.form.prompt, **QUIET)
             self._then_follow(filled.then(self._start, [browser, *inputs], [self.job_id, self.queue], **QUIET))
         self.stop.click(self._stop, [browser, self.job_id], self.stop, queue=False, **QUIET)
+        gr.on(
+            [self.steer.click, self.steer_text.submit], self._steer,
+            [browser, self.job_id, self.steer_text, self.steer_how], [self.steer_text, self.steered], concurrency_limit=8,
+            **QUIET,
+        )  # fmt: skip
+        again = self.another.click(
+            self._try_another, [browser, self.job_id, self.form.parts["seed"]],
+            [self.job_id, self.queue, self.form.parts["seed"]], **QUIET,
+        )  # fmt: skip
+        self._then_follow(again)
         self.form.dice.click(form.roll, None, self.form.parts["seed"], queue=False, **QUIET)
-        rules = self.form.parts["rules"]
-        self.form.parts["pace"].input(pace.moved, rules, rules, queue=False, **QUIET)
         self.form.parts["preset"].input(self._choose_preset, self.form.parts["preset"], inputs, **QUIET)
         changes = [part.change for part in inputs[2:]]
-        gr.on(changes, self._estimate, inputs, self.estimate, trigger_mode="always_last", **IN_ORDER, **QUIET)
+        costs = [self.estimate, self.form.film]
+        gr.on(changes, self._estimate, inputs, costs, trigger_mode="always_last", **IN_ORDER, **QUIET)
+        self.form.timeline.typed(self._estimate, inputs, costs, trigger_mode="always_last", **IN_ORDER, **QUIET)
         self.restore.upload(self._restore, self.restore, [self.restore, *inputs], **QUIET)
         self.timer.tick(self._tick, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
@@ -153,7 +177,7 @@ class Page:
 
     def _then_follow(self, event: Any, is_new: bool = True) -> None:
         """After `event` has set the job's id: follow it to its end, then show it in the gallery if it `is_new` there."""
-        outputs = [self.video, self.board, self.result, self.stop, self.idle]
+        outputs = [self.video, self.board, self.result, self.stop, self.another, self.idle, self.steering, self.steered]
         followed = event.success(
             self._follow, [self.browser, self.job_id], outputs, concurrency_limit=None, trigger_mode="multiple", **QUIET
         )
@@ -161,7 +185,7 @@ class Page:
             shown = followed.then(self._newest, [self.browser, self.job_id], [self.gallery, self.gallery_page], **QUIET)
             # It has learnt from this job. Not when the page opens: the visitor may be typing by the time this comes back.
             if event is not self.opened:
-                shown.then(self._estimate, self.form.inputs, self.estimate, **IN_ORDER, **QUIET)
+                shown.then(self._estimate, self.form.inputs, [self.estimate, self.form.film], **IN_ORDER, **QUIET)
 
     # -- what the events do
 
@@ -170,7 +194,7 @@ class Page:
         owner = self._owner(token, request)
         job_id = self._reattach(hint, owner)
         shown, _ = gallery.render(self.studio, owner, 0, self.root)
-        estimate = self._estimate_of(GenerationRequest(prompt=""), None)
+        estimate = panels.estimate_line(self.studio.estimate(USUAL))
         return token, job_id, estimate, shown, *self._overview(owner, job_id)
 
     def _reattach(self, hint: str, owner: str) -> str:
@@ -186,8 +210,8 @@ class Page:
     def _start(self, request: gr.Request, token: str, *values: Any) -> tuple[str, str]:
         owner = self._owner(token, request)
         try:
-            wanted, preset_name = form.read(self.studio, values)
-            found = self.studio.submit(wanted, preset_name, owner=owner)
+            wanted = form.read(self.studio, values)
+            found = self.studio.submit(wanted, owner=owner, address=owners.address_of(request))
         except DualParalError as error:
             raise one_sentence(error) from None
         return found.job_id, panels.queue(self.studio, owner, found.job_id)
@@ -212,6 +236,23 @@ class Page:
             raise one_sentence(error) from None
         return gr.update(value="Stopping…", interactive=False)
 
+    def _steer(self, token: str, job_id: str, text: str, how: str, request: gr.Request) -> tuple[str, str]:
+        try:
+            told = self.studio.steer(job_id, text, how, self._owner(token, request))
+        except DualParalError as error:
+            raise one_sentence(error) from None
+        return "", panels.steered(told)
+
+    def _try_another(self, token: str, job_id: str, seed: str, request: gr.Request) -> tuple[str, str, Any]:
+        """Stop the job and ask for the same with another seed, which the form then shows if it showed one."""
+        owner = self._owner(token, request)
+        try:
+            found = self.studio.try_another(job_id, owner, owners.address_of(request))
+        except DualParalError as error:
+            raise one_sentence(error) from None
+        shown = gr.update(value=str(found.request.seed)) if seed else gr.skip()
+        return found.job_id, panels.queue(self.studio, owner, found.job_id), shown
+
     def _stop_this(self, token: str, job_id: str, event: gr.EventData, request: gr.Request) -> tuple[str, str]:
         self._stop(token, event.id, request)
         return self._tick(token, job_id, request)
@@ -224,13 +265,13 @@ class Page:
 
     def _resume(self, token: str, event: gr.EventData, request: gr.Request) -> str:
         try:
-            return self.studio.resume(event.id, self._owner(token, request)).job_id
+            return self.studio.resume(event.id, self._owner(token, request), owners.address_of(request)).job_id
         except DualParalError as error:
             raise one_sentence(error) from None
 
     def _compare(self, token: str, event: gr.EventData, request: gr.Request) -> str:
         try:
-            return self.studio.compare(event.id, self._owner(token, request)).job_id
+            return self.studio.compare(event.id, self._owner(token, request), owners.address_of(request)).job_id
         except DualParalError as error:
             raise one_sentence(error) from None
 
@@ -260,7 +301,7 @@ class Page:
     def _reuse(self, token: str, event: gr.EventData, request: gr.Request) -> list[Any]:
         try:
             found = self.studio.find(event.id, self._owner(token, request))
-            return form.fill(self.studio, found.request)
+            return form.fill(self.studio, found.request.as_request(), began_with_picture=found.request.start_image is not None)
         except DualParalError as error:
             raise one_sentence(error) from None
 
@@ -278,21 +319,19 @@ class Page:
         except DualParalError as error:
             raise one_sentence(error) from None
 
-    def _estimate(self, *values: Any) -> str:
-        values = (values[0] or "-", *values[1:])  # the cost does not depend on the prompt
+    def _estimate(self, *values: Any) -> tuple[str, str]:
+        values = (values[0] or "-", *values[1:])  # of the prompt the cost depends on the shots alone
         try:
-            return self._estimate_of(*form.read(self.studio, values))
+            settings = form.read(self.studio, values)
+            return panels.estimate_line(self.studio.estimate(settings)), timeline.preview(settings)
         except DualParalError as error:
-            return panels.estimate_problem(str(error))
-
-    def _estimate_of(self, request: GenerationRequest, preset_name: object) -> str:
-        return panels.estimate_line(self.studio.estimate(request, preset_name))
+            return panels.estimate_problem(str(error)), ""
 
     def _close(self, request: gr.Request) -> None:
         self._following.pop(str(request.session_hash), None)
 
     def _owner(self, token: object, request: gr.Request | None) -> str:
-        return owners.owner_of(token, getattr(request, "username", None))
+        return self.studio.owner_of(token, getattr(request, "username", None))
 
 
 def theme() -> gr.themes.Base:

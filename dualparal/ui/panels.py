@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from urllib.parse import quote
 
-from dualparal.events import Failed, Progress
-from dualparal.ui import charts
+from dualparal.events import Failed, Steered
+from dualparal.files import is_file
+from dualparal.ui import charts, timeline
 from dualparal.ui.estimate import Estimate
 from dualparal.ui.snapshot import Snapshot
 from dualparal.ui.studio import Studio
-from dualparal.ui.words import duration, length, safe, short, size
+from dualparal.ui.words import duration, length, safe, short, size, without_paths
 
 ENGINE_WORDS = {
     "starting": "Loading the model", "ready": "Ready", "restarting": "Restarting after a fault",
@@ -29,7 +31,11 @@ def engine_chip(studio: Studio) -> str:
     engine = studio.engine
     state = engine.state if engine.state in ENGINE_WORDS else "starting"
     stages = f"{engine.ranks} stage{'s' * (engine.ranks != 1)} on {safe(studio.device)}"
-    why = f'<p class="engine-error" role="alert">{safe(engine.error)}</p>' if engine.state == "failed" and engine.error else ""
+    why = (
+        f'<p class="engine-error" role="alert">{safe(without_paths(engine.error))}</p>'
+        if engine.state == "failed" and engine.error
+        else ""
+    )
     return (
         f'<div class="chip {state}" role="status"><i></i><b>{ENGINE_WORDS[state]}</b>'
         f"<span>{safe(engine.preset.title)}</span><span>{stages}</span></div>{why}"
@@ -44,11 +50,20 @@ def estimate_line(estimate: Estimate) -> str:
         facts.append("time known after the first video")
     else:
         facts.append(f"about <b>{duration(estimate.time_s)}</b> to make")
+        if estimate.wait_s:
+            facts.append(f"ready in about <b>{duration(estimate.wait_s + estimate.time_s)}</b>, after those in line")
     if estimate.bytes_per_rank is not None:
         facts.append(f"<b>{size(estimate.bytes_per_rank)}</b> per stage")
-    note = f'<p role="alert">{safe(estimate.refusal)}</p>' if estimate.refusal else ""
-    kind = "estimate bad" if note else "estimate"
-    return f'<div class="{kind}"><span>{"</span><span>".join(facts)}</span>{note}</div>'
+    chosen = f'<p class="chosen">{safe(estimate.chosen)}</p>' if estimate.chosen else ""
+    notice = f'<p role="alert">{safe(estimate.refusal)}</p>' if estimate.refusal else chosen
+    kind = "estimate bad" if estimate.refusal else "estimate"
+    return f'<div class="{kind}"><span>{"</span><span>".join(facts)}</span>{notice}</div>'
+
+
+def steered(told: Steered) -> str:
+    """Below the board, once a new prompt has been taken."""
+    notice = f" ({safe(told.notice)})" if told.notice else ""
+    return f'<p role="status">From {told.from_s:.1f} s on: “{safe(short(told.prompt, 120))}”{notice}</p>'
 
 
 def estimate_problem(message: str) -> str:
@@ -62,7 +77,7 @@ def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
         if studio.engine.state in ("starting", "restarting"):
             return "Waiting", "the model is loading" if studio.engine.state == "starting" else "the engine is restarting"
         if found.waits_for:
-            return "Waiting", f"{found.waits_for}; it starts by itself once there is room"
+            return "Waiting", f"{without_paths(found.waits_for)}; it starts by itself once there is room"
         ahead = "next in line" if found.position == 0 else f"{found.position} ahead of you"
         wait_s = studio.starts_in_s(found.job_id)
         return "Waiting", ahead + (f", starts in about {duration(wait_s)}" if wait_s else "")
@@ -75,52 +90,45 @@ def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
             return "Decoding", f"{len(found.blocks)} of {len(progress.block_steps)} blocks ready"
         eta = f"about {duration(progress.eta_s)} left" if progress.eta_s is not None else "estimating the time left"
         return f"Denoising {share * 100:.0f} %", eta
-    kept = f"{length(found.num_frames, found.request.fps or 16)} kept" if found.video else "no block was finished"
+    kept = f"{length(found.num_frames, found.request.fps)} kept" if found.video else "no block was finished"
     if found.state == "finished":
-        made = found.timings.get("total_s")
-        return "Done", length(found.num_frames, found.request.fps or 16) + (f", made in {duration(made)}" if made else "")
+        made = found.made_in_s
+        return "Done", length(found.num_frames, found.request.fps) + (f", made in {duration(made)}" if made else "")
     if found.state == "cancelled":
         return "Stopped", kept
     if found.state == "failed":
-        message = found.final.message if isinstance(found.final, Failed) else "the job failed"
+        message = without_paths(found.final.message) if isinstance(found.final, Failed) else "the job failed"
         return "Failed", f"{message} ({kept})"
     return "Interrupted", f"the server ended while this ran ({kept})"
 
 
-def first_frames_in_s(found: Snapshot, progress: Progress) -> float | None:
-    """Seconds until the first block is through: the sweeps it still needs, each over all blocks then in flight."""
-    if progress.eta_s is None or not progress.block_steps:
-        return None
-    num_steps, in_flight = progress.num_steps, sum(0 < steps < progress.num_steps for steps in progress.block_steps)
-    grows = found.request.schedule == "paper"  # one more block enters at every sweep
-    sweeps = range(num_steps - progress.block_steps[0])
-    items = sum(min(len(progress.block_steps), in_flight + sweep * grows) for sweep in sweeps)
-    return progress.eta_s * min(1.0, items / max(1, progress.num_items - progress.items_done))
-
-
-def board(found: Snapshot, studio: Studio) -> str:
+def board(found: Snapshot, studio: Studio, root: str = "") -> str:
     """Under the video: state, time left, first frames, the strip of blocks, the stages' meters."""
     head, detail = headline(found, studio)
     # A running job's words change every second, which nobody wants read out; the progress bar can be asked.
     alert = {"failed": ' role="alert"', "running": ""}.get(found.state, ' role="status"')
-    first = found.timings.get("first_frames_s")
-    if first is None and found.blocks and found.started:
-        first = found.blocks[0].time_s - found.started.time_s
-        first = first if first > 0 else None  # begun anew after that block: it was resumed
+    first = found.history.first_frames_s
     progress = found.progress
     first_words = ""
     if first is not None:
         first_words = f'<span class="first">first frames after {duration(first)}</span>'
-    elif found.state == "running" and progress and (wait_s := first_frames_in_s(found, progress)) is not None:
+    elif (
+        found.state == "running"
+        and progress
+        and not found.blocks
+        and (wait_s := studio.estimator.first_frames_in_s(found.request, progress)) is not None
+    ):
         first_words = f'<span class="first">first frames in about {duration(wait_s)}</span>'
     share = 1.0 if found.state == "finished" else progress.items_done / max(1, progress.num_items) if progress else 0.0
+    notice = f'<p class="notice">{safe(found.started.notice)}</p>' if found.started and found.started.notice else ""
     return (
         f'<section class="board {found.state}" data-job="{safe(found.job_id)}" data-state="{found.state}">'
         f'<p class="headline"{alert}><i></i><b>{safe(head)}</b><span>{safe(detail)}</span>{first_words}</p>'
         f'<div class="progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share * 100:.0f}" '
         f'aria-label="progress"><i style="--done:{share:.4f}"></i></div>'
-        f"{charts.strip(found)}{charts.meters(progress if found.state == 'running' else None)}"
-        f'<p class="asked">“{safe(short(found.request.prompt, 160))}”</p></section>'
+        f"{timeline.shots_row(found.request)}"
+        f"{charts.strip(found, root)}{charts.meters(progress if found.state == 'running' else None)}"
+        f'{notice}<p class="asked">“{safe(short(found.request.all_text, 160))}”</p></section>'
     )
 
 
@@ -132,7 +140,7 @@ def result(found: Snapshot, root: str, can_resume: bool = False, can_compare: bo
     download = ""
     if video is not None:
         named = _under_own_name(video, found.job_id)
-        url, amount = safe(file_url(named, root)), size(video.stat().st_size)
+        url, amount = safe(file_url(named, root)), size(os.path.getsize(video) if is_file(video) else 0)
         download = f'<a class="download" href="{url}" download="{named.name}">Download mp4 <span>{amount}</span></a>'
     go_on = f'<button type="button" data-do="resume" data-id="{safe(found.job_id)}">Resume</button>' if can_resume else ""
     if can_compare:
@@ -148,12 +156,12 @@ def result(found: Snapshot, root: str, can_resume: bool = False, can_compare: bo
              "guidance": f"{request.guidance_scale:g}", "job": found.job_id}  # fmt: skip
     if found.is_baseline:
         facts["made by"] = "plain Wan, one pass"
-    if timings.get("total_s"):
-        facts["total"] = duration(timings["total_s"])
-    told = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())
+    if found.made_in_s:
+        facts["total"] = duration(found.made_in_s)
+    rows = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())
     stored = f'<summary>Settings as JSON</summary><pre tabindex="0">{safe(settings)}</pre>'
     return (
-        f'<section class="result"><div class="result-top"><dl>{told}</dl><span>{go_on}{download}</span></div>{bar}{plot}'
+        f'<section class="result"><div class="result-top"><dl>{rows}</dl><span>{go_on}{download}</span></div>{bar}{plot}'
         f'<details class="settings">{stored}</details></section>'
     )
 
@@ -181,13 +189,12 @@ def queue(studio: Studio, owner: str, watched: str = "") -> str:
         return ""
     rows = []
     for place, job in enumerate(jobs):
-        fps = job.request.fps or 16
         running = job.state == "running"
         wait_s = None if running else studio.starts_in_s(job.id)
         when = "running" if running else f"place {place + 1}" + (f", starts in about {duration(wait_s)}" if wait_s else "")
-        long = f"{((job.request.latents_num or 1) * 4 - 3) / fps:.1f} s"
+        long = f"{job.request.num_frames / job.request.fps:.1f} s"
         if owner and job.owner == owner:
-            name = safe(short(job.request.prompt, 70)) or "no prompt"
+            name = safe(short(job.request.all_text, 70)) or "no prompt"
             buttons = f'<button type="button" data-do="halt" data-id="{job.id}">Stop</button>'
             if job.id != watched:
                 buttons = f'<button type="button" data-do="show" data-id="{job.id}">Watch</button>{buttons}'

@@ -18,34 +18,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-from starlette.middleware import Middleware
+from fastapi.exceptions import RequestValidationError
+from gradio.utils import get_upload_folder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from dualparal import __version__
-from dualparal.cli_plan import add_low_memory_flags
-from dualparal.errors import DualParalError
+from dualparal.cli.flags import add_fields, add_model_flags, find_asked, given
+from dualparal.cli.parser import Parser
+from dualparal.devices import place
+from dualparal.engine.metrics import metrics_text
+from dualparal.errors import DualParalError, OutputError, RequestError
+from dualparal.hosts.torchrun import find_team
+from dualparal.jobs.folder import outputs_folder
+from dualparal.logs import set_up_logs
 from dualparal.model.source import POCKET_WEIGHTS
-from dualparal.presets import PACKAGE, Limits, Preset, find_preset, load_presets
-from dualparal.runtime.devices import place
-from dualparal.runtime.engine_options import TEXT_ENCODER_PLACES
-from dualparal.runtime.journal import outputs_folder
-from dualparal.runtime.logs import set_up_logs
-from dualparal.runtime.metrics import metrics_text
-from dualparal.runtime.torchrun import find_team
-from dualparal.ui.choose import choose_for_this_host
-from dualparal.ui.guard import Guard
+from dualparal.options import EngineOptions, of
+from dualparal.paths import is_file, is_folder, not_empty
+from dualparal.planning.calibration import cache_folder
+from dualparal.planning.choose import choose_for_this_host
+from dualparal.presets import PACKAGE, Limits, Preset, load_presets
+from dualparal.ui.guard import unfit
+from dualparal.ui.http.bodies import MAX_UPLOAD_BYTES, Uploads
+from dualparal.ui.http.server import layers, own_server
+from dualparal.ui.http.sessions import MAX_SESSIONS, bound_memory
+from dualparal.ui.http.sites import Sites
+from dualparal.ui.http.surroundings import PORT, host_of, is_port, private_folder, root_of, set_aside
 from dualparal.ui.page import HERE, Page, theme
 from dualparal.ui.studio import Studio
+from dualparal.ui.visitors import MAX_JOBS
 
 if TYPE_CHECKING:
-    from dualparal.runtime.engine import Engine
+    from dualparal.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
-MAX_UPLOAD = "500mb"
-MAX_PER_OWNER = 4  # one that runs and a few that wait: enough for a visitor, and thirty-two of them fill no queue alone
+# One that runs and a few that wait: enough for a visitor, and thirty-two of them fill no queue alone.
+OF_A_SERVER = {"max_per_owner": 4, "auto_resume": True}
+MAX_CALLS = 2048  # under way at once: who follows a job holds one of them, which is a place in a list and no thread
 WAITING_CALLS = 256  # Gradio's own queue only carries calls; jobs wait in the engine's
 TINY_PRESET = Preset(
     name="tiny", title="Tiny random model · 64×64",
@@ -58,40 +69,33 @@ TINY_PRESET = Preset(
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    flags = argparse.ArgumentParser(prog="dualparal serve", description="Serve the page and the API.")
-    add = flags.add_argument
-    add("--preset", "--model", "--model_id", dest="model", help="preset, hub id or folder (default: pocket)")
-    add("--presets_folder", "--presets-folder", "--presets", type=Path, help="a folder of your own presets")
-    add("--outputs", type=Path, help="folder of videos (default: DUALPARAL_OUTPUTS or ./outputs)")
+    flags = Parser(prog="dualparal serve", description="Serve the page and the API.")
+    add_model_flags(flags.add_argument_group("the model").add_argument)
     page = flags.add_argument_group("the page").add_argument
-    page("--host", help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
-    page("--port", type=int, help="port (default: GRADIO_SERVER_PORT or the first free one from 7860)")
+    page("--host", type=not_empty, help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
+    page("--port", type=_port, metavar="N", help="port (default: GRADIO_SERVER_PORT or the first free one from 7860)")
     page("--auth", metavar="USER:PASSWORD", help="ask for this login; several with commas")
-    page("--root_path", "--root-path", help="path behind a proxy, such as /studio")
-    engine = flags.add_argument_group("the engine").add_argument
-    engine("--ranks", type=int, metavar="N", help="processes (GPUs) that share the model's layers (default: 1)")
-    engine("--layer_split", "--layer-split", metavar="auto|N,N,...", help="layers per rank: fastest, or these (default: even)")
-    engine("--replicas", type=int, default=1, metavar="N", help="independent groups of ranks behind one queue")
-    engine("--device", default="auto", help="auto, cpu or cuda")
-    engine("--dtype", help="dtype of the DiT (default: the preset's on GPUs, float32 on the CPU)")
-    engine("--vae_dtype", help="dtype of the VAE (default: the preset's)")
-    engine("--threads", type=int, metavar="N", help="CPU threads per process")
-    engine("--attention", metavar="NAME", help="attention backend of diffusers: native, flash, sage, ...")
-    engine("--compile", action="store_true", help="run layers through torch.compile")
-    add_low_memory_flags(engine)
-    engine("--text_encoder", choices=TEXT_ENCODER_PLACES, default="auto", help="where it is after encoding")
-    engine("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="file, folder or hub id; repeatable")
-    limits = flags.add_argument_group("the limits").add_argument
-    limits("--max_queue", "--max-queue", type=int, default=32, metavar="N", help="most jobs that may wait")
-    limits(
-        "--max_per_owner", "--max-per-owner", type=_count_or_none, default=MAX_PER_OWNER, metavar="N",
-        help=f"most jobs of one visitor at a time (default: {MAX_PER_OWNER}; 0 or none: no such limit)",
+    page("--root_path", help="path behind a proxy, such as /studio")
+    page(
+        "--allowed_hosts",
+        metavar="NAME,...",
+        default="",
+        help="names it answers to besides addresses ('*': any)",
+    )
+    page("--allowed_origins", metavar="URL,...", default="", help="other sites that may call it")
+    page(
+        "--max_per_address", type=_count_or_none, default=MAX_JOBS, metavar="N",
+        help=f"most jobs from one network address at a time (default: {MAX_JOBS}; 0 or none: no such limit)",
     )  # fmt: skip
-    limits("--max_disk_gb", "--max-disk-gb", type=float, metavar="GB", help="delete the oldest videos above this")
-    logs = flags.add_argument_group("the logs, on standard error").add_argument
-    logs("--verbose", action="store_true", help="log what every worker does")
-    logs("--log_json", "--log-json", action="store_true", help="log one JSON object a line, with worker and job id")
+    for title, whose in (("the engine", "job"), ("the limits", "server"), ("the folders and logs", "host")):
+        add_fields(flags.add_argument_group(title).add_argument, EngineOptions, of(whose), defaults=OF_A_SERVER)
     return flags
+
+
+def _port(text: str) -> int:
+    if not is_port(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; use 1 to 65535")
+    return int(text)
 
 
 def _count_or_none(text: str) -> int | None:
@@ -108,11 +112,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         team = find_team()
         # A server tells what it does; its workers only when asked to.
-        set_up_logs(verbose=True, as_json=arguments.log_json, worker=team.name if team else "front end")
+        name = team.name if team else "front end"
+        set_up_logs(verbose=True, as_json=bool(arguments.log_json), worker=name, owns_streams=True)
         logging.getLogger("httpx").setLevel(logging.WARNING)
+        if (named := os.environ.get(PORT)) and not is_port(named):
+            raise RequestError(f"{PORT}={named!r} is no port; use 1 to 65535", "port")
+        sites, login, presets = sites_of(arguments), logins(arguments.auth), load_presets(arguments.presets_folder)
         engine = open_engine(arguments)
-    except DualParalError as error:
-        sys.stderr.write(f"{error}\n")
+    except (DualParalError, OSError) as error:
+        set_up_logs(
+            verbose=True, as_json=bool(arguments.log_json), owns_streams=True
+        )  # not yet done where torchrun's words are wrong
+        log.error("%s", error)
         return 2
     if engine.team and not engine.team.is_front_end:
         return engine.host()
@@ -120,47 +131,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        engine.start(wait=False)
-        engine.recover()  # what the last run of this server left undone
-        device = place(arguments.device, 1)[0][0].split(":")[0]
-        studio = Studio(engine, load_presets(arguments.presets_folder), device=device)
-        page = launch(
-            studio, host=arguments.host, port=arguments.port, auth=logins(arguments.auth), root_path=arguments.root_path
-        )
-        stopped.wait()
-        page.close(verbose=False)
+        with private_folder():
+            engine.start(wait=False)
+            engine.recover()  # what the last run of this server left undone
+            device = place(arguments.device or "auto", 1)[0][0].split(":")[0]
+            studio = Studio(
+                engine, presets, device=device, max_per_address=arguments.max_per_address,
+                operator_key=os.environ.get("DUALPARAL_OPERATOR_KEY", ""),
+            )  # fmt: skip
+            page = launch(
+                studio, host=arguments.host, port=arguments.port, auth=login, root_path=arguments.root_path, sites=sites
+            )
+            stopped.wait()
+            page.close(verbose=False)
     except (DualParalError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
+        log.error("%s", error)
         return 1
     finally:
         engine.close()
     return 0
 
 
+def sites_of(arguments: argparse.Namespace) -> Sites:
+    """Who may speak to the server that the flags describe."""
+    return Sites.of(
+        filter(None, arguments.allowed_hosts.split(",")), filter(None, arguments.allowed_origins.split(",")),
+        listens_at=arguments.host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), space_host=os.environ.get("SPACE_HOST"),
+    )  # fmt: skip
+
+
 def open_engine(arguments: argparse.Namespace) -> Engine:
     """The engine that the flags describe, checked but not started."""
-    from dualparal.runtime.engine import Engine
+    from dualparal.engine.engine import Engine
 
-    ranks, team = 1 if arguments.ranks is None else arguments.ranks, find_team()
-    if arguments.model is None:
-        model, preset, ranks = unasked(arguments, ranks, may_choose=team is None)
+    preset: Preset | None
+    asked, team = EngineOptions(**{**OF_A_SERVER, **given(EngineOptions, arguments)}), find_team()
+    if arguments.model_id or arguments.preset:
+        model, preset = find_asked(arguments)
     else:
-        model, preset = arguments.model, find_preset(arguments.model, load_presets(arguments.presets_folder))
-    max_disk_bytes = None if arguments.max_disk_gb is None else int(arguments.max_disk_gb * 1e9)
-    return Engine(
-        model, preset=preset, ranks=ranks, replicas=arguments.replicas, device=arguments.device,
-        dtype=arguments.dtype, vae_dtype=arguments.vae_dtype, threads=arguments.threads, attention=arguments.attention,
-        compile=arguments.compile, quantization=arguments.quantization, offload=arguments.offload,
-        offload_cache=arguments.offload_cache, text_encoder=arguments.text_encoder, loras=arguments.lora,
-        layer_split=arguments.layer_split,
-        outputs=arguments.outputs, max_queue=arguments.max_queue, max_per_owner=arguments.max_per_owner,
-        max_disk_bytes=max_disk_bytes, auto_resume=True, verbose=arguments.verbose, log_json=arguments.log_json, team=team,
-    )  # fmt: skip
+        model, preset, ranks = unasked(arguments, asked.ranks, may_choose=team is None)
+        asked = asked.settled(ranks=ranks)
+    return Engine(model, preset=preset, team=team, **dict(asked))
 
 
 def unasked(arguments: argparse.Namespace, ranks: int, *, may_choose: bool) -> tuple[str, Preset | None, int]:
     """Model, preset and ranks when no model was named: what the GPUs can take, or else the embedded one."""
-    if may_choose and arguments.device != "cpu" and arguments.ranks is None and arguments.replicas == 1:
+    if may_choose and arguments.device != "cpu" and arguments.ranks is None and arguments.replicas in (None, 1):
         setup = choose_for_this_host(load_presets(arguments.presets_folder))
         log.info("%s", setup.reason)
         if setup.preset is not None:
@@ -172,10 +188,9 @@ def default_model() -> tuple[str, Preset | None]:
     """What opens when nothing is asked for: the trained pocket model, or a tiny random one where it is not installed."""
     if POCKET_WEIGHTS.is_dir() and "pocket" in (presets := load_presets()):
         return "pocket", presets["pocket"]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "dualparal" / f"tiny-{__version__}"
-    if not (folder / "model_index.json").is_file():
-        if not os.access(next(parent for parent in folder.parents if parent.is_dir()), os.W_OK):
+    folder = cache_folder() / f"tiny-{__version__}"
+    if not is_file(folder / "model_index.json"):
+        if not os.access(next(parent for parent in folder.parents if is_folder(parent)), os.W_OK):
             folder = Path(tempfile.mkdtemp(prefix="dualparal-")) / "tiny"
         log.info("no trained pocket model is installed; writing a tiny random one to %s", folder)
         command = [sys.executable, "-m", "dualparal", "tiny", str(folder)]
@@ -187,32 +202,51 @@ def default_model() -> tuple[str, Preset | None]:
 
 def launch(
     studio: Studio, *, host: str | None = None, port: int | None = None, auth: list[tuple[str, str]] | None = None,
-    root_path: str | None = None, quiet: bool = False,
+    root_path: str | None = None, quiet: bool = False, sites: Sites | None = None,
 ) -> gr.Blocks:  # fmt: skip
     """Open the page for `studio` in background threads and return it; `.local_url` is its address, `.close()` ends it."""
     outputs = outputs_folder(studio.outputs)
+    try:
+        str(outputs).encode()
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"the outputs folder's name, {str(outputs)!a}, is not UTF-8, and no browser could ask for its videos; name another "
+            "one with --outputs"
+        ) from None
     outputs.mkdir(parents=True, exist_ok=True)
-    root = root_path if root_path is not None else os.environ.get("GRADIO_ROOT_PATH", "")
+    root = root_of(root_path if root_path is not None else os.environ.get("GRADIO_ROOT_PATH", ""))
+    host = host_of(host or os.environ.get("GRADIO_SERVER_NAME"))
     # Videos are served where they lie: Gradio would copy each one it shows, and hash it, into its own cache.
     gr.set_static_paths([outputs])
     page = Page(studio, root).build()
     page.queue(api_open=False, max_size=WAITING_CALLS, default_concurrency_limit=16)
-    page.launch(
-        server_name=host, server_port=port, root_path=root_path, auth=auth, prevent_thread_lock=True, quiet=quiet,
-        allowed_paths=sorted({str(outputs), str(outputs.resolve())}), max_file_size=MAX_UPLOAD, show_error=False,
-        strict_cors=True, enable_monitoring=False,
-        run_history=False, ssr_mode=False, share=False, pwa=False, footer_links=["api", "settings"], theme=theme(),
-        css=(HERE / "style.css").read_text(encoding="utf-8"),
-        app_kwargs={"routes": health_routes(studio), "middleware": [Middleware(Guard)]},
-        favicon_path=str(HERE / "favicon.svg"),
-    )  # fmt: skip
+    bound_memory(page)
+    uploads = Uploads(Path(get_upload_folder()))
+    uploads.clean()
+    with own_server(), set_aside():
+        page.launch(
+            server_name=host, server_port=port, root_path=root, auth=auth, prevent_thread_lock=True, quiet=quiet,
+            allowed_paths=sorted({str(outputs), str(outputs.resolve())}), max_file_size=MAX_UPLOAD_BYTES, show_error=False,
+            strict_cors=True, enable_monitoring=False, state_session_capacity=MAX_SESSIONS, max_threads=MAX_CALLS,
+            run_history=False, ssr_mode=False, share=False, pwa=False, footer_links=["api", "settings"], theme=theme(),
+            css="".join((HERE / f"{name}.css").read_text(encoding="utf-8") for name in ("style", "timeline")),
+            head=f"<script>{(HERE / 'storage.js').read_text(encoding='utf-8')}</script>",
+            app_kwargs={
+                "routes": health_routes(studio), "middleware": layers(sites or Sites.of(), uploads),
+                "exception_handlers": {RequestValidationError: unfit},
+            },
+            favicon_path=str(HERE / "favicon.svg"),
+        )  # fmt: skip
     return page
 
 
 def health_routes(studio: Studio) -> list[Route]:
-    """/healthz: this process answers. /readyz: the model is loaded (503 until then). /metrics: for Prometheus."""
+    """/healthz: this process answers, and its supervisors and queue move (503: start it anew).
+    /readyz: the model is loaded (503 until then). /metrics: for Prometheus."""
 
     async def healthz(_: Request) -> JSONResponse:
+        if (reason := studio.engine.stuck) is not None:
+            return JSONResponse({"status": "stuck", "reason": reason}, status_code=503)
         return JSONResponse({"status": "alive"})
 
     async def readyz(_: Request) -> JSONResponse:
@@ -220,7 +254,9 @@ def health_routes(studio: Studio) -> list[Route]:
         about: dict[str, Any] = {"state": state, "model": studio.engine.preset.name}
         if state == "failed":
             about["error"] = studio.engine.error
-        return JSONResponse(about, status_code=200 if state == "ready" else 503)
+        if (reason := studio.engine.stuck) is not None:
+            about["stuck"] = reason
+        return JSONResponse(about, status_code=200 if state == "ready" and reason is None else 503)
 
     def metrics(_: Request) -> PlainTextResponse:
         return PlainTextResponse(metrics_text(studio.engine), media_type="text/plain; version=0.0.4")

@@ -2,59 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dualparal.errors import DualParalError
-from dualparal.events import BlockReady, Cancelled, Event, Failed, Finished, Progress, Started
-from dualparal.request import GenerationRequest
-from dualparal.runtime.journal import JobFolder
+from dualparal.errors import OutputError, RequestError
+from dualparal.events import BlockReady, Finished, Look, Progress, Started
+from dualparal.files import is_file
+from dualparal.jobs.facts import created_s, read_history
+from dualparal.jobs.folder import JobFolder
+from dualparal.jobs.history import ENDED, History, Standing
+from dualparal.jobs.timeline import read_timeline
+from dualparal.messages import Span
+from dualparal.request import Settings
 
 if TYPE_CHECKING:
-    from dualparal.runtime.job import Job
-
-ENDED = ("finished", "failed", "cancelled", "interrupted")
-_STATE_OF: dict[type, str] = {Finished: "finished", Failed: "failed", Cancelled: "cancelled"}
-
-
-@dataclass(frozen=True)
-class Span:
-    """Stage `stage` worked on step `step` of block `block`; seconds since the job began."""
-
-    stage: str
-    start_s: float
-    end_s: float
-    block: int
-    step: int
+    from dualparal.jobs.job import Job
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What is known of a job now. `position` jobs are ahead of it; `state` is also "interrupted" after a crash."""
+class Snapshot(Standing):
+    """What is known of a job now: its request, its history, and `state`, one of `jobs.history.STATES`."""
 
     job_id: str
-    request: GenerationRequest
+    request: Settings
     owner: str
-    state: str
     folder: JobFolder
-    position: int = 0
-    waits_for: str = ""
-    started: Started | None = None
     progress: Progress | None = None
-    blocks: tuple[BlockReady, ...] = ()
-    final: Event | None = None
-    spans: tuple[Span, ...] = ()
     created_s: float = 0.0
+    is_baseline: bool = False  # plain Wan makes it, for comparison
+    looks: Mapping[int, Look] = field(default_factory=dict)  # the newest of each block, while it is in memory
 
     @property
-    def is_baseline(self) -> bool:
-        """Whether plain Wan makes it, for comparison."""
-        try:
-            return bool(self.folder.record().get("baseline"))
-        except DualParalError:
-            return False
+    def started(self) -> Started | None:
+        return self.history.started
 
     @property
     def is_ended(self) -> bool:
@@ -63,65 +45,57 @@ class Snapshot:
     @property
     def video(self) -> Path | None:
         """The playable mp4 of what was finished, once the job has ended."""
-        path = getattr(self.final, "path", None)
-        if path and Path(path).is_file():
-            return Path(path)
-        return self.folder.video if self.is_ended and self.folder.video.is_file() else None
+        return self.folder.video if self.is_ended and is_file(self.folder.video) else None
 
     @property
     def num_frames(self) -> int:
         """Frames finished so far."""
-        return sum(block.num_frames for block in self.blocks)
+        return self.history.num_frames
 
     @property
     def timings(self) -> dict[str, float]:
         return self.final.timings if isinstance(self.final, Finished) else {}
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """When each stage worked; read from the disk, and long."""
+        return read_timeline(self.folder.path) if self.is_ended else ()
+
+    @property
+    def made_in_s(self) -> float | None:
+        """Seconds that a finished video took, over all its runs and without waiting; None where nothing tells."""
+        return (self.history.worked_s or self.timings.get("total_s")) if self.state == "finished" else None
+
 
 def of_job(job: Job) -> Snapshot:
-    """A job of this run of the engine."""
+    """A job of this run of the engine. Reads nothing from the disk."""
     view = job.view()
-    spans = _spans(view.timeline) if view.final else ()
-    if view.final and not spans:
-        spans = read_timeline(job.folder)
     return Snapshot(
-        job_id=job.id, request=job.request, owner=job.owner, state=view.state, folder=job.folder, position=view.position or 0,
-        waits_for=view.waits_for,
-        started=view.started, progress=view.progress, blocks=view.blocks, final=view.final, spans=spans,
+        job_id=job.id, request=job.request, owner=job.owner, state=view.state, folder=job.folder, history=view.history,
+        progress=view.progress, created_s=job.created_s, is_baseline=job.is_baseline,
+        looks=view.looks,
     )  # fmt: skip
 
 
 def of_folder(folder: JobFolder) -> Snapshot:
-    """A job of an earlier run, from its files. Raises `DualParalError` when `request.json` is not readable."""
+    """A job of an earlier run, or of another program, from its files. Raises `OutputError` when `request.json` is not
+    usable; a damaged journal costs what it told."""
     record = folder.record()
-    events = folder.events()
-    final = folder.final_event()
-    blocks = {event.block: event for event in events if isinstance(event, BlockReady)}  # a resumed job may repeat one
     try:
-        request = GenerationRequest(**record["request"])
-    except (KeyError, TypeError) as error:
-        raise DualParalError(f"job {folder.job_id}: request.json is not usable ({error})") from None
+        request = folder.request()
+    except RequestError as error:
+        raise OutputError(str(error)) from None
+    try:
+        history, state = read_history(folder)
+    except OutputError:
+        history, state = History(), "interrupted"
     return Snapshot(
-        job_id=folder.job_id, request=request, owner=str(record.get("owner") or ""), folder=folder,
-        state=_STATE_OF[type(final)] if final else "interrupted", final=final,
-        started=next((event for event in reversed(events) if isinstance(event, Started)), None),
-        blocks=tuple(blocks[number] for number in sorted(blocks)), spans=read_timeline(folder),
-        created_s=float(record.get("created_s") or 0.0),
+        job_id=folder.job_id, request=request, owner=str(record.get("owner") or ""), folder=folder, state=state,
+        history=replace(history, blocks=tuple(_here(folder, block) for block in history.blocks)),
+        created_s=created_s(record), is_baseline=bool(record.get("baseline")),
     )  # fmt: skip
 
 
-def read_timeline(folder: JobFolder) -> tuple[Span, ...]:
-    """The spans in `timeline.json`; () when it is missing or damaged."""
-    try:
-        return _spans(json.loads((folder.path / "timeline.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return ()
-
-
-def _spans(found: Any) -> tuple[Span, ...]:
-    """Spans from dataclasses, dictionaries or a dictionary that holds them under `spans`."""
-    if isinstance(found, dict):
-        found = found.get("spans", ())
-    names = Span.__dataclass_fields__
-    records = (item if isinstance(item, dict) else {name: getattr(item, name) for name in names} for item in found)
-    return tuple(Span(**{name: record[name] for name in names}) for record in records)
+def _here(folder: JobFolder, block: BlockReady) -> BlockReady:
+    """The folder may have moved, and no journal leads to another."""
+    return replace(block, path=str(folder.path / Path(block.path).name))

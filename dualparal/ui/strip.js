@@ -28,7 +28,8 @@ const look = () => {
   const strip = now.querySelector('.strip');
   if (!strip) return;
   const total = Number(strip.dataset.seconds) || 1;
-  if (!video || !(video.currentSrc || video.src)) { element.style.setProperty('--playhead', '-10'); return; }
+  if (!video || !(video.currentSrc || video.src)) { element.style.setProperty('--playhead', String(rough.at === null ? -10 : rough.at / total)); return; }
+  if (rough.at !== null) { at = rough.at; atEnd = false; source = video.currentSrc || video.src; element.style.setProperty('--playhead', String(at / total)); return; }
   const src = video.currentSrc || video.src;
   if (source && src !== source && !src.startsWith('blob:') && at > 0 && !atEnd) resume(video, at);
   else { at = video.currentTime; atEnd = video.ended || (video.duration > 0 && at >= video.duration - 0.15); }

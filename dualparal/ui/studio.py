@@ -6,22 +6,35 @@ Knows no Gradio. All refusals are `DualParalError`s of one sentence.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualparal.errors import DualParalError, RequestError
-from dualparal.presets import Preset
-from dualparal.request import GenerationRequest
-from dualparal.runtime.claim import delete_job
-from dualparal.runtime.journal import JobFolder, check_job_id, find_job, list_jobs
+from dualparal.errors import DualParalError, OutputError, RequestError
+from dualparal.events import Steered
+from dualparal.jobs.claim import delete_job
+from dualparal.jobs.folder import JobFolder, check_job_id, find_job, list_jobs
+from dualparal.jobs.looks import rough_film
+from dualparal.planning.calibration import cache_folder
+from dualparal.planning.learnt import wait_s
+from dualparal.presets import PACKAGE, Preset
+from dualparal.prompts import shot_from_here
+from dualparal.request import GenerationRequest, Settings
 from dualparal.ui import owners, snapshot
 from dualparal.ui.estimate import Estimate, Estimator
 from dualparal.ui.snapshot import Snapshot
+from dualparal.ui.visitors import MAX_JOBS, Visitors, work_of
+from dualparal.ui.words import hide
 
 if TYPE_CHECKING:
-    from dualparal.runtime.engine import Engine
+    from dualparal.engine.engine import Engine
+    from dualparal.jobs.job import Job
+
+SHORT_SEEDS = 10**6  # a seed that is easy to remember
+STEER_S = 600.0  # a block step of the largest models takes minutes
+MAX_OWNERS = 10_000  # of jobs on disk, remembered
 
 
 @dataclass
@@ -31,11 +44,18 @@ class Studio:
     engine: Engine
     presets: dict[str, Preset] = field(default_factory=dict)
     device: str = "cpu"
+    max_per_address: int | None = MAX_JOBS
+    operator_key: str = ""
     estimator: Estimator = field(init=False)
+    _owners: dict[str, str] = field(default_factory=dict, init=False)
+    visitors: Visitors = field(init=False)
 
     def __post_init__(self) -> None:
         self.presets = {**self.presets, self.engine.preset.name: self.engine.preset}
+        checkpoint = getattr(self.engine, "checkpoint", None)
+        hide(self.outputs, cache_folder(), PACKAGE.parent, Path.cwd(), *([checkpoint.folder] if checkpoint else []))
         self.estimator = Estimator(self.engine)
+        self.visitors = Visitors(lambda: [job.id for job in self.engine.jobs()], max_jobs=self.max_per_address)
 
     @property
     def outputs(self) -> Path:
@@ -62,33 +82,46 @@ class Studio:
         near = difflib.get_close_matches(str(name)[:60], list(usable), n=1, cutoff=0.0)
         raise RequestError(f"preset={shown} is unknown; did you mean '{near[0]}'?", "preset")
 
-    def resolve(self, request: GenerationRequest, preset_name: object = None) -> GenerationRequest:
-        """The request with every field filled from the chosen preset and checked against its limits."""
-        preset = self.preset(preset_name)
-        if preset.name != self.engine.preset.name:
-            request = request.resolve(preset, num_experts=self.engine.num_experts)
-        return self.engine.resolve(request)
+    def resolve(self, request: GenerationRequest | Settings, preset_name: object = None) -> Settings:
+        """The request completed from the chosen preset and checked against its limits; settings are complete as they are."""
+        return self.engine.resolve(request, self.preset(preset_name))
 
-    def estimate(self, request: GenerationRequest, preset_name: object = None) -> Estimate:
-        """What the resolved request will cost, before it is submitted."""
-        return self.estimator.estimate(self.resolve(request, preset_name))
+    def estimate(self, request: GenerationRequest | Settings, preset_name: object = None) -> Estimate:
+        """What the request will cost, before it is submitted."""
+        return self.estimator.estimate(self.resolve(request, preset_name), wait_s=self.starts_in_s())
 
-    def submit(self, request: GenerationRequest, preset_name: object = None, *, owner: str = "") -> Snapshot:
-        """Queue a job; refuses with the number what cannot fit."""
-        request = self.resolve(request, preset_name)
-        refusal = self.estimator.estimate(request).refusal
-        if refusal:
-            raise RequestError(refusal)
-        return snapshot.of_job(self.engine.submit(request, owner=owner))
+    def submit(
+        self, request: GenerationRequest | Settings, preset_name: object = None, *, owner: str = "", address: str = ""
+    ) -> Snapshot:
+        """Queue a job; the engine refuses with the number what cannot fit, and what is too much for the visitor's `address`
+        is refused here."""
+        settings = self.resolve(request, preset_name)
+        return self._queued(settings, address, lambda: self.engine.submit(settings, owner=owner))
+
+    def _queued(self, request: Settings, address: str, submit: Callable[[], Job]) -> Snapshot:
+        with self.visitors.submitting(address, work_of(request, self.engine.preset)) as remember:
+            job = submit()
+            remember(job.id)
+        return snapshot.of_job(job)
 
     def find(self, job_id: object, owner: str = "") -> Snapshot:
-        """The job, running or on disk. A job of somebody else is as unknown as one that never was."""
+        """The job, running or on disk. A job of somebody else is as unknown as one that never was, and so is one that nobody
+        can be found to own. Raises `OutputError` when its record is damaged."""
         name = check_job_id(job_id)
         job = self.engine.job(name)
-        found = snapshot.of_job(job) if job is not None else snapshot.of_folder(find_job(self.outputs, name))
-        if not owners.may_touch(owner, found.owner):
-            raise RequestError(f"there is no job {name} in {self.outputs}", "job_id")
-        return found
+        folder = find_job(self.outputs, name) if job is None else job.folder
+        whose = self._owner_of(folder) if job is None else job.owner
+        if owner != owners.OPERATOR and (whose is None or not owners.may_touch(owner, whose)):
+            raise RequestError(f"there is no job {name} here", "job_id")
+        return snapshot.of_folder(folder) if job is None else snapshot.of_job(job)
+
+    def live(self, job_id: object, owner: str = "") -> Snapshot | None:
+        """`find` for a job that this engine holds and that has not ended, from memory alone; None for any other."""
+        job = self.engine.job(check_job_id(job_id))
+        if job is None or not owners.may_touch(owner, job.owner):
+            return None
+        found = snapshot.of_job(job)
+        return None if found.is_ended else found
 
     def cancel(self, job_id: object, owner: str = "") -> Snapshot:
         """Stop a queued or running job; a job that has ended is left as it is."""
@@ -98,69 +131,117 @@ class Studio:
             job.cancel()
         return found
 
+    def steer(self, job_id: object, prompt: object, transition: object = None, owner: str = "") -> Steered:
+        """Show another prompt from here on; waits until it is known from which second."""
+        found = self.find(job_id, owner)
+        shot = shot_from_here(prompt, transition)
+        job = self.engine.job(found.job_id)
+        if job is None or found.is_ended:
+            raise RequestError(f"job {found.job_id} is {found.state}; only a running job can be steered", "job_id")
+        try:
+            return job.steer(shot.prompt, shot.transition, timeout=STEER_S)
+        except TimeoutError as error:
+            raise RequestError(str(error), "prompt") from None
+
+    def try_another(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:
+        """Stop a job and queue the same with a newly drawn seed."""
+        found = self.cancel(job_id, owner)
+        picture = found.request.start_image and str(found.folder.start_image)
+        settings = found.request.model_copy(update={"seed": secrets.randbelow(SHORT_SEEDS), "start_image": picture})
+        make = self.engine.compare if found.is_baseline else self.engine.submit
+        return self._queued(settings, address, lambda: make(settings, owner=owner))
+
+    def look(self, found: Snapshot) -> Path | None:
+        """The rough film of a job so far, an animated WebP; None before its first look. Raises `OutputError`."""
+        try:
+            return rough_film(found.folder, found.request.fps)
+        except OSError as error:
+            raise OutputError(f"the look of job {found.job_id} cannot be written: {error.strerror}; free space") from None
+
     def can_resume(self, found: Snapshot) -> bool:
         """Whether the job ended before its last block was made, so that it can go on from its last saved sweep."""
         return found.state in ("failed", "cancelled", "interrupted") and found.started is not None and not found.is_baseline
 
-    def resume(self, job_id: object, owner: str = "") -> Snapshot:
+    def resume(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:
         """Queue again a job that was stopped, failed or was cut off; it gives the bits it would have given."""
         found = self.find(job_id, owner)
-        return snapshot.of_job(self.engine.resume(found.job_id))
+        return self._queued(found.request, address, lambda: self.engine.resume(found.job_id))
 
     def can_compare(self, found: Snapshot) -> bool:
         """Whether plain Wan can be asked for the same video."""
-        return found.state == "finished" and self.engine.can_compare and not found.is_baseline
+        is_plain = not found.request.shots and found.request.start_image is None
+        return found.state == "finished" and self.engine.can_compare and not found.is_baseline and is_plain
 
-    def compare(self, job_id: object, owner: str = "") -> Snapshot:
+    def compare(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:
         """Queue the request of a finished job for plain Wan, in one pass over the whole video."""
         found = self.find(job_id, owner)
         if not self.can_compare(found):
             raise RequestError(
                 f"job {found.job_id} cannot be compared: only finished videos of the model as it is can", "job_id"
             )
-        return snapshot.of_job(self.engine.compare(found.request, owner=owner))
+        return self._queued(found.request, address, lambda: self.engine.compare(found.request, owner=owner))
 
-    def delete(self, job_id: object, owner: str = "") -> None:
-        """Remove an ended job and its files."""
-        found = self.find(job_id, owner)
+    def delete(self, job_id: object, owner: str = "") -> Snapshot | None:
+        """Remove an ended job and its files; what it was, None where it cannot be read."""
+        try:
+            found = self.find(job_id, owner)
+        except OutputError:  # its record is damaged, and it is the caller's
+            delete_job(find_job(self.outputs, job_id))
+            return None
         if not found.is_ended:
             raise RequestError(f"job {found.job_id} is {found.state}; stop it before deleting it", "job_id")
         if (job := self.engine.job(found.job_id)) is not None:
             job.release()  # a full disk has not taken its end: deleting it may be what makes room
         delete_job(found.folder)
+        return found
+
+    def owner_of(self, token: object, username: str | None = None) -> str:
+        """Whose jobs a caller may touch: `owners.owner_of`, or everybody's with the operator's key."""
+        if self.operator_key and isinstance(token, str) and owners.is_same(token, self.operator_key):
+            return owners.OPERATOR
+        return owners.owner_of(token, username)
 
     def active(self, owner: str) -> list[Snapshot]:
         """The owner's queued and running jobs, in the order they will run."""
         return [snapshot.of_job(job) for job in self.engine.jobs() if owner and job.owner == owner]
 
-    def past(self, owner: str) -> Iterator[Snapshot]:
-        """The owner's ended jobs, newest first, read lazily."""
+    def past(self, owner: str) -> list[JobFolder]:
+        """The folders of the owner's jobs that this engine does not hold, newest first."""
         running = {job.id for job in self.engine.jobs()}
-        for folder in list_jobs(self.outputs):
-            if owner and folder.job_id not in running and (found := _readable(folder, owner)) is not None:
-                yield found
+        folders = list_jobs(self.outputs) if owner else ()
+        return [folder for folder in folders if folder.job_id not in running and self._owner_of(folder) == owner]
 
-    def starts_in_s(self, job_id: str) -> float | None:
-        """Seconds until the queued job `job_id` is expected to start, or None while nothing is known."""
-        total_s = 0.0
+    def readable(self, folder: JobFolder) -> Snapshot | None:
+        """The job; None for a folder cut off while it was made or being deleted, or damaged."""
+        try:
+            return snapshot.of_folder(folder)
+        except (DualParalError, OSError):
+            return None
+
+    def _owner_of(self, folder: JobFolder) -> str | None:
+        """Whose job it is, read once: records are written once."""
+        if (known := self._owners.get(folder.job_id)) is None:
+            if (known := folder.owner()) is None:
+                return None
+            while len(self._owners) >= MAX_OWNERS:
+                self._owners.pop(next(iter(self._owners)), None)
+            self._owners[folder.job_id] = known
+        return known
+
+    def starts_in_s(self, job_id: str = "") -> float | None:
+        """Seconds until the queued job `job_id`, or one that would be queued now, is expected to start; None while nothing is
+        known."""
+        ahead_s: list[float] = []
         for job in self.engine.jobs():
             if job.id == job_id:
-                return total_s
+                break
             progress = job.view().progress
             left_s = progress.eta_s if progress else self.estimator.time_s(job.request)
             if left_s is None:
                 return None
-            total_s += left_s
-        return None
+            ahead_s.append(left_s)
+        return wait_s(ahead_s, self.engine.num_replicas)
 
     def settings(self, found: Snapshot) -> dict[str, Any]:
-        """The resolved request as a plain dictionary."""
+        """The settings as a plain dictionary."""
         return found.request.model_dump(exclude_none=True)
-
-
-def _readable(folder: JobFolder, owner: str) -> Snapshot | None:
-    """The job if it is `owner`'s; None for those of others, and for a folder cut off while it was made or being deleted."""
-    try:
-        return snapshot.of_folder(folder) if folder.record().get("owner") == owner else None
-    except (DualParalError, OSError):
-        return None

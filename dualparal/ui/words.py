@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import html
+import re
 import time
+
+PATH = re.compile(r"(?<![\w.:/~-])/(?!v1/)(?:[^\s/:;,'\"()]+/)+([^\s/:;,'\"()]*)")
+
+
+_hidden: set[str] = set()
 
 
 def safe(text: object) -> str:
     """`text` escaped for HTML content and attributes."""
     return html.escape(str(text), quote=True)
+
+
+def hide(*folders: object) -> None:
+    """Make `without_paths` know these folders of the server, whose names may hold blanks or anything else."""
+    _hidden.update(name for folder in folders if (name := str(folder)).count("/") > 1)
+
+
+def without_paths(sentence: object) -> str:
+    """`sentence` with each absolute path cut to its last name: visitors need not know where things lie on the server."""
+    text = str(sentence)
+    for folder in sorted(_hidden, key=len, reverse=True):
+        inside = rf"{re.escape(folder)}(/(?:[^\s/:;,'\"()]+/)*|(?![\w.-]))"
+        text = re.sub(inside, lambda found: "" if found[1] else folder.rpartition("/")[2], text)  # noqa: B023 - asked at once
+    return PATH.sub(lambda found: found[1], text)
 
 
 def short(text: str, num_chars: int = 90) -> str:

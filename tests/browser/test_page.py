@@ -1,11 +1,10 @@
-"""The page in a real browser, against the fake engine: what a visitor sees and can do, in every state.
+"""The page in a real browser, over an engine with fake workers: what a visitor sees and can do, in every state.
 
 Screenshots go to artefacts/ (not under version control). Needs Chromium with H.264, such as Debian's.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 import threading
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from dualparal.jobs.folder import JobFolder
 from dualparal.media.metadata import describe
-from dualparal.runtime.journal import JobFolder
 from tests.page_server import GRADIO_WARNINGS, Server
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -57,14 +57,14 @@ def visit(browser: Any, server: Server) -> Iterator[Any]:
             contexts.append(browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True))
         page = (like.context if like is not None else contexts[-1]).new_page()
         page.set_default_timeout(DEADLINE_MS)
-        page.on("console", lambda message: message.type == "error" and told(page, message.text))
-        page.on("pageerror", lambda error: told(page, str(error)))
+        page.on("console", lambda message: message.type == "error" and reported(page, message.text))
+        page.on("pageerror", lambda error: reported(page, str(error)))
         page.goto(server.url + ("?__theme=dark" if dark else "?__theme=light"))
         page.wait_for_selector("#generate")
         page.wait_for_selector(".estimate b")  # filled when the page's first event has come back
         return page
 
-    def told(page: Any, text: str) -> None:
+    def reported(page: Any, text: str) -> None:
         if page not in leaving:  # gradio reports its own event stream, cut off when a tab is left, as an error
             problems.append(text)
 
@@ -109,6 +109,21 @@ def shoot(page: Any, name: str, **more: Any) -> None:
     page.screenshot(path=ARTEFACTS / f"{name}.png", **more)
 
 
+def test_a_picture_to_begin_with(visit: Any, server: Server, tmp_path: Path) -> None:
+    Image.effect_noise((90, 60), 90).save(path := tmp_path / "a rose.png")
+    page = visit()
+    page.set_input_files("#start-image input[type=file]", str(path))
+    page.wait_for_selector("#start-image table >> text=rose")
+    ask(page, "a kite", seconds=4)
+    wait_state(page, "finished")
+    (kept,) = server.engine.outputs.glob("*/start.png")
+    with Image.open(kept) as picture:
+        assert picture.size == (96, 96)
+    page.locator("#gallery [data-do=reuse]").first.click()
+    page.wait_for_selector("#start-image >> text=give it again", state="attached")
+    assert page.locator("#start-image table").count() == 0
+
+
 def job_of(page: Any) -> str:
     return str(page.get_attribute(".board", "data-job"))
 
@@ -116,21 +131,21 @@ def job_of(page: Any) -> str:
 def test_live_video_plays_two_blocks_before_the_job_is_done_then_the_mp4(visit: Any, server: Server) -> None:
     page = visit()
     shoot(page, "idle")
-    server.engine.hold_at = 1  # the job waits for the player, however slow
-    ask(page, "a lantern in the wind", 24)
+    server.groups.slow_at = 1  # the job waits for the player, however slow
+    ask(page, "a lantern in slow wind", 24)
     wait_state(page, "running")
     shoot(page, "running")
     page.wait_for_function(f"{PLAYER} && {PLAYER}.currentTime > 0.2 && {PLAYER}.src.startsWith('blob:')")
     shoot(page, "first-block")
     first = player(page, "[v.currentTime, v.buffered.end(0)]")
-    server.engine.hold_at = 4
+    server.groups.slow_at = 4
     # Past the first block (21 frames) and the second (16 frames), with more arriving, and the job still at work.
     page.wait_for_function(f"{PLAYER}.currentTime > {37 / 16} && {PLAYER}.buffered.end(0) > {first[1] + 0.5}")
     page.wait_for_function("parseInt(document.querySelector('.strip-scale span:nth-child(2)').innerText) >= 3")
     assert page.get_attribute(".board", "data-state") == "running", "the job was done before two blocks had been played"
     playhead = float(page.evaluate("getComputedStyle(document.querySelector('.strip')).getPropertyValue('--playhead')"))
     assert 0 < playhead < 1
-    server.engine.hold_at = math.inf
+    server.groups.let_go.set()
     wait_state(page, "finished")
     page.wait_for_function(f"{PLAYER}.src.includes('video.mp4') && {PLAYER}.currentTime > 1 && {PLAYER}.duration > 24")
     shoot(page, "done", full_page=True)
@@ -138,20 +153,18 @@ def test_live_video_plays_two_blocks_before_the_job_is_done_then_the_mp4(visit: 
         page.click("a.download")
     assert describe(download.value.path())["num_frames"] == 385
     assert download.value.suggested_filename == f"dualparal-{job_of(page)}.mp4"
-    told = page.inner_text("#result")
+    reported = page.inner_text("#result")
     for words in ("text", "denoise", "decode", "encode", "When each stage worked", "Settings as JSON"):
-        assert words in told
+        assert words in reported
     assert page.inner_text("#board").count("first frames after") == 1
 
 
 def test_stop_keeps_the_finished_part(visit: Any, server: Server) -> None:
     page = visit()
-    server.engine.hold_at = 2
-    ask(page, "a long walk", 60)
+    ask(page, "a long, slow walk", 60)
     page.wait_for_selector(".block.ready >> nth=1", state="attached")
     page.click("#stop")
     wait_state(page, "cancelled")
-    server.engine.hold_at = math.inf
     page.wait_for_selector("#stop", state="hidden")
     page.wait_for_function(f"{PLAYER}.src.includes('video.mp4') && {PLAYER}.duration > 2")
     shoot(page, "stopped", full_page=True)
@@ -163,8 +176,7 @@ def test_stop_keeps_the_finished_part(visit: Any, server: Server) -> None:
 
 def test_reload_finds_the_running_job_and_its_live_video(visit: Any, server: Server) -> None:
     page = visit()
-    server.engine.hold_at = 2
-    ask(page, "still here", 40)
+    ask(page, "still here, and slow", 40)
     page.wait_for_selector(".block.ready", state="attached")
     job_id = job_of(page)
     visit.reload(page)
@@ -183,20 +195,18 @@ def test_reload_finds_the_running_job_and_its_live_video(visit: Any, server: Ser
 
 def test_two_visitors_queue_and_see_only_their_own(visit: Any, server: Server) -> None:
     first, second = visit(), visit()
-    server.engine.hold_at = 1
-    ask(first, "first visitor <b>in private</b>", 40)
+    ask(first, "first, slow visitor <b>in private</b>", 40)
     wait_state(first, "running")
     ask(second, "second visitor", 2)
     wait_state(second, "queued")
     second.wait_for_selector("#queue li")
-    told = second.inner_text("#stage")
-    assert "1 ahead of you" in told and "Someone else" in told and "in private" not in second.content()
+    reported = second.inner_text("#stage")
+    assert "1 ahead of you" in reported and "Someone else" in reported and "in private" not in second.content()
     shoot(second, "queued", full_page=True)
     first.wait_for_selector("#queue li >> nth=1")
     assert "second visitor" not in first.content()
     first.click("#stop")
     wait_state(first, "cancelled")
-    server.engine.hold_at = math.inf
     wait_state(second, "finished")
     for page in (first, second):
         page.wait_for_selector("#gallery li")
@@ -206,8 +216,7 @@ def test_two_visitors_queue_and_see_only_their_own(visit: Any, server: Server) -
 
 def test_two_tabs_of_one_visitor_do_not_disturb_each_other(visit: Any, server: Server) -> None:
     first = visit()
-    server.engine.hold_at = 1
-    ask(first, "tab one", 20)
+    ask(first, "tab one, slow", 20)
     wait_state(first, "running")
     second = visit(like=first)
     ask(second, "tab two", 2)
@@ -216,7 +225,7 @@ def test_two_tabs_of_one_visitor_do_not_disturb_each_other(visit: Any, server: S
     second.wait_for_function("sessionStorage.getItem('dualparal-job') === document.querySelector('.board').dataset.job")
     visit.reload(second)
     second.wait_for_function("document.querySelector('.asked')?.innerText.includes('tab two')")
-    server.engine.hold_at = math.inf
+    server.groups.let_go.set()
     wait_state(first, "finished")
     wait_state(second, "finished")
     assert "tab one" in first.inner_text(".asked") and "tab two" in second.inner_text(".asked")
@@ -319,16 +328,33 @@ def test_gallery_pages_shows_and_deletes(visit: Any, server: Server) -> None:
 
 def test_failure_and_restart_are_told_and_the_next_job_runs(visit: Any, server: Server) -> None:
     page = visit()
-    server.engine.restart_s = 600
+    server.engine.wait_ready(60)
+    server.groups.can_load.clear()  # the next workers wait
     ask(page, "please die", 12)
     wait_state(page, "failed")
-    assert "killed by signal 9" in page.inner_text(".headline") and page.get_attribute(".headline", "role") == "alert"
+    assert "killed by SIGKILL" in page.inner_text(".headline") and page.get_attribute(".headline", "role") == "alert"
     page.wait_for_selector(".chip.restarting")
     shoot(page, "failed-restarting", full_page=True)
-    server.engine.restart_s = 0
+    server.groups.can_load.set()
     page.wait_for_selector(".chip.ready")
     ask(page, "works again", 1)
     wait_state(page, "finished")
+
+
+@pytest.mark.parametrize("typed", ["-5", "", "0"])
+def test_a_length_of_nothing_is_told_and_makes_nothing(visit: Any, server: Server, typed: str) -> None:
+    page = visit()
+    page.fill("#prompt textarea", "how long?")
+    page.wait_for_selector("#estimate :text('frames')")
+    page.fill("#seconds input[type=number]", typed)
+    page.press("#seconds input[type=number]", "Tab")
+    page.wait_for_selector("#estimate [role=alert]:has-text('the length is')")
+    page.click("#generate")
+    page.wait_for_selector(".toast-body:has-text('give more than 0 seconds')")
+    assert list(server.engine.outputs.glob("*/request.json")) == []
+    page.fill("#seconds input[type=number]", "1")
+    page.press("#seconds input[type=number]", "Tab")
+    page.wait_for_selector("#estimate :text('frames')")
 
 
 def test_bad_settings_are_refused_before_anything_is_queued(visit: Any, server: Server) -> None:
@@ -363,12 +389,12 @@ def test_an_example_starts_with_one_click(visit: Any, server: Server) -> None:
     assert page.input_value("#prompt textarea") == words
 
 
-def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path: Path) -> None:
+def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path: Path, tiny_two: Path) -> None:
     one = visit()
     one.click("#advanced summary")
     one.get_by_label("Flow shift", exact=False).first.wait_for()
     assert one.get_by_text("Switch between experts").count() == 0
-    served = Server(tmp_path / "two", item_s=0.01, num_experts=2)
+    served = Server(tmp_path / "two", item_s=0.01, model=tiny_two)
     page = browser.new_page()
     page.set_default_timeout(DEADLINE_MS)
     try:
@@ -391,8 +417,7 @@ def test_two_experts_have_their_own_settings(visit: Any, browser: Any, tmp_path:
 
 def test_an_older_estimate_does_not_overwrite_a_newer(visit: Any, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     page = visit()
-    server.engine.hold_at = 1
-    ask(page, "teaches the estimate", 8)
+    ask(page, "slow, and teaches the estimate", 8)
     page.wait_for_selector(".board")
     plan, slow, asked = server.engine.plan, threading.Event(), threading.Event()
 
@@ -404,7 +429,7 @@ def test_an_older_estimate_does_not_overwrite_a_newer(visit: Any, server: Server
 
     monkeypatch.setattr(server.engine, "plan", slowly)
     slow.set()  # the estimate that follows the end of the job takes long
-    server.engine.hold_at = math.inf
+    server.groups.let_go.set()
     wait_state(page, "finished")
     assert asked.wait(60)
     page.fill("#seed :is(input, textarea)", "12x")
@@ -415,7 +440,7 @@ def test_an_older_estimate_does_not_overwrite_a_newer(visit: Any, server: Server
 
 
 def test_loading_engine_takes_jobs_at_once(browser: Any, tmp_path: Path) -> None:
-    server = Server(tmp_path, load_s=600)
+    server = Server(tmp_path, can_load=False)
     page = browser.new_context().new_page()
     page.set_default_timeout(DEADLINE_MS)
     page.goto(server.url)
@@ -437,15 +462,15 @@ def test_layouts(visit: Any, server: Server, width: int, height: int, dark: bool
     name = f"{width}-{'dark' if dark else 'light'}"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     shoot(page, f"idle-{name}", full_page=True)
-    server.engine.hold_at = 3
-    ask(page, "a quiet harbour at dusk, boats rocking", 12)
+    server.groups.slow_at = 3
+    ask(page, "a quiet harbour at dusk, boats slowly rocking", 12)
     page.wait_for_selector(".block.ready", state="attached")
     shoot(page, f"running-{name}", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if width < 500:  # the stage has been scrolled to, and Stop is within reach
         page.wait_for_function("document.querySelector('#video').getBoundingClientRect().top < innerHeight / 2")
         assert page.evaluate("document.querySelector('#stop').getBoundingClientRect().bottom <= innerHeight")
-    server.engine.hold_at = math.inf
+    server.groups.let_go.set()
     wait_state(page, "finished")
     page.wait_for_selector("#gallery li")
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from tests.page_server import GRADIO_WARNINGS
 
 pytestmark = [*GRADIO_WARNINGS, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
-START_S = 180
+START_S = 600
 PRESET = """
 title = "Tiny · 64×64"
 model = {model!r}
@@ -36,6 +37,8 @@ num_inference_steps = 8
 guidance_scale = 3.0
 num_per_block = 4
 num_cat = 2
+schedule = "paper"
+context = "recomputed"
 
 [limits]
 seconds = 120
@@ -76,15 +79,45 @@ class Served:
     def is_ready(self) -> bool:
         return httpx.get(f"{self.url}readyz", timeout=30).status_code == 200
 
+    def workers(self) -> list[psutil.Process]:
+        return [one for one in psutil.Process(self.process.pid).children(recursive=True) if "torch" in _maps(one)]
+
+    def jobs(self) -> set[str]:
+        return {path.parent.name for path in (self.folder / "outputs").glob("*/request.json")}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No worker moves inside, so that a browser may be slow."""
+        workers = self.workers()
+        for one in workers:
+            one.suspend()
+        try:
+            yield
+        finally:
+            for one in workers:
+                one.resume()
+
+    @contextlib.contextmanager
+    def held_within(self, known: set[str], made: str = "block_*.ts") -> Iterator[str]:
+        """The next job beside those `known`, held once such a file is made and before its end."""
+        job_id = self.wait(lambda: next(iter(self.jobs() - known), None))
+        folder = self.folder / "outputs" / job_id
+        self.wait(lambda: next(folder.glob(made), None))
+        with self.held():
+            assert not (folder / "video.mp4").exists(), "it was too quick"
+            yield job_id
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+        self.log.close()
+
 
 @pytest.fixture(scope="module")
 def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(tmp_path_factory.mktemp("served"), tiny)
-    yield made
-    if made.process.poll() is None:
-        made.process.terminate()
-        made.process.wait(60)
-    made.log.close()
+    with contextlib.closing(Served(tmp_path_factory.mktemp("served"), tiny)) as made:
+        yield made
 
 
 @pytest.fixture
@@ -136,9 +169,12 @@ def test_live_video_in_the_browser(page: Any, served: Served) -> None:
 
 def test_stop_in_the_browser_and_the_next_job(page: Any, served: Served) -> None:
     set_steps(page, 60)
+    known = served.jobs()
     ask(page, "too long", 100)
-    page.wait_for_selector(".block.ready", state="attached")
-    page.click("#stop")
+    with served.held_within(known) as job_id:
+        page.wait_for_selector(".block.ready", state="attached")
+        page.click("#stop")
+        served.wait((served.folder / "outputs" / job_id / ".stop").exists)
     wait_state(page, "cancelled")
     page.wait_for_function(f"{PLAYER}.src.includes('video.mp4') && {PLAYER}.duration > 1")
     page.fill("#advanced [aria-label*='Denoising steps'][type=number]", "4")
@@ -166,12 +202,15 @@ def test_status_is_answered_while_the_cores_are_busy(client: Client, served: Ser
 
 
 def test_a_stopped_job_is_resumed_from_the_page(page: Any, served: Served) -> None:
-    set_steps(page, 80)  # most of the work is still to come when the first block is ready, however slow the browser is
+    set_steps(page, 80)  # most of the work is still to come when the first block is ready
+    known = served.jobs()
     ask(page, "half of it first", 60)
-    page.wait_for_selector(".block.ready", state="attached")
-    page.click("#stop")
+    with served.held_within(known) as job_id:
+        page.wait_for_selector(".block.ready", state="attached")
+        page.click("#stop")
+        served.wait((served.folder / "outputs" / job_id / ".stop").exists)
     wait_state(page, "cancelled")
-    job_id = job_of(page)
+    assert job_of(page) == job_id
     page.click("#result [data-do=resume]")
     wait_state(page, "finished")
     assert job_of(page) == job_id
@@ -197,11 +236,13 @@ def test_a_video_is_compared_with_plain_wan(page: Any, served: Served) -> None:
 def test_a_killed_worker_is_noticed_and_the_job_goes_on(page: Any, served: Served) -> None:
     ask(page, "will be cut off", 60)
     page.wait_for_function("document.querySelector('.headline b')?.innerText.startsWith('Denoising')")
-    workers = [one for one in psutil.Process(served.process.pid).children(recursive=True) if "torch" in _maps(one)]
+    workers = served.workers()
     assert workers, "no worker process was found"
     workers[0].send_signal(signal.SIGKILL)
-    page.wait_for_selector(".chip.restarting")
-    shoot(page, "real-worker-killed", full_page=True)
+    served.wait(lambda: served.workers() and not set(workers) & set(served.workers()))
+    with served.held():
+        page.wait_for_selector(".chip.restarting")
+        shoot(page, "real-worker-killed", full_page=True)
     page.wait_for_selector(".chip.ready")
     wait_state(page, "finished")
     assert "Traceback" not in page.inner_text("#stage")

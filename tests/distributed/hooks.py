@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ SLEEP_S = 0.03
 HOLD_FOLDER = "DUALPARAL_TEST_HOLD"  # names the folder of `holds`
 IS_HELD = 23
 HELD_ITEM = 40
+UNUSED = ("peft", "sympy", "torch._dynamo", "torch._inductor", "torchvision", "transformers")
 ENCODER_IS_HELD = "hold the encoder"  # a prompt
 
 
@@ -37,6 +39,24 @@ def faults(*, rank: int | None, **parts: Any) -> None:
         return run(item, incoming)
 
     stage.begin, stage.run = begin_noting, run_with_faults
+
+
+def saves_often(*, rank: int | None, **parts: Any) -> None:
+    """Each sweep is saved, and lasts long enough to be found there."""
+    if rank is None:
+        return
+    from dualparal.ring import saved_sweeps
+
+    saved_sweeps.MIN_INTERVAL_S = 0.0
+    saved_sweeps.StateWriter.__init__.__kwdefaults__["max_share"] = 0.99
+    stage = parts["stage"]
+    run = stage.run
+
+    def run_slowly(item: Any, incoming: Any) -> Any:
+        time.sleep(0.1)
+        return run(item, incoming)
+
+    stage.run = run_slowly
 
 
 def holds(*, rank: int | None, **parts: Any) -> dict[str, Any] | None:
@@ -81,8 +101,8 @@ def holds(*, rank: int | None, **parts: Any) -> dict[str, Any] | None:
 class WatchedRequests:
     """Rank 0's queue; once watched, a file tells that something is in it, before anybody has taken that out."""
 
-    def __init__(self, requests: Any, told: Path) -> None:
-        self._requests, self._told = requests, told
+    def __init__(self, requests: Any, reported: Path) -> None:
+        self._requests, self._reported = requests, reported
         self._is_watched = False
 
     def watch(self) -> None:
@@ -93,7 +113,7 @@ class WatchedRequests:
     def empty(self) -> bool:
         is_empty = bool(self._requests.empty())
         if self._is_watched and not is_empty:
-            self._told.touch()
+            self._reported.touch()
         return is_empty
 
     def get(self) -> Any:
@@ -119,3 +139,17 @@ def hangs(*, rank: int | None, **parts: Any) -> None:
         return decode(latents)
 
     decoder.decode = decode_or_hang
+
+
+def tells_imports(*, rank: int | None, **parts: Any) -> None:
+    """A line in a file per worker: which of UNUSED are there at its first block step, or at its first decoded block."""
+    folder = Path(os.environ[HOLD_FOLDER])
+    owner, name = (parts["decoder"], "decode") if rank is None else (parts["stage"], "run")
+    work = getattr(owner, name)
+
+    def work_telling(*arguments: Any) -> Any:
+        with (folder / f"imports of {'codec' if rank is None else rank}").open("a") as lines:
+            lines.write(f"{sorted({*UNUSED} & {*sys.modules})}\n")
+        return work(*arguments)
+
+    setattr(owner, name, work_telling)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dualparal.cli import main
+from dualparal.cli.main import main
 from dualparal.media.metadata import read_settings
 from tests.conftest import wait_until
 from tests.distributed.test_engine import count_frames, hears_control_c
@@ -57,7 +58,7 @@ def first_line(process: subprocess.Popen[str]) -> str:
 def test_generate(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], leaves_nothing: None) -> None:
     video = tmp_path / "videos" / "x.mp4"
     request = ["--prompt", "a red circle", "--latents_num", "12", "--sample_steps", "4", "--seed", "7", *SIZE]
-    files = ["--save_file", video, "--export_image"]
+    files = ["--save_file", video, "--export_image", "--look", tmp_path / "looks" / "x.webp"]
     with dualparal(tmp_path, "generate", "--model_id", tiny, "--ranks", "2", *request, *files) as process:
         job_id = first_line(process)
         out, err = process.communicate(timeout=WAIT_S)
@@ -66,14 +67,28 @@ def test_generate(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     folder = tmp_path / "outputs" / job_id
     assert count_frames(video) == count_frames(folder / "video.mp4") == 45
     assert len(list((folder / "frames").glob("*.png"))) == 45
+    with Image.open(tmp_path / "looks" / "x.webp") as look:
+        assert look.format == "WEBP" and getattr(look, "n_frames", 1) == 12
     # The bar is no terminal's: nothing but text and returns, and it comes to its end.
     assert "100%" in err and "16/16 steps" in err
     assert "Traceback" not in err and "\x1b" not in err and err.endswith("\n")
     assert main(["info", str(video)]) == 0
-    told = capsys.readouterr().out
-    assert "a red circle" in told and "45 frames" in told
+    printed = capsys.readouterr().out
+    assert "a red circle" in printed and "45 frames" in printed
     settings = read_settings(video)
     assert (settings.latents_num, settings.num_inference_steps, settings.seed) == (12, 4, 7)
+
+
+@pytest.mark.parametrize("streams", ["2>/dev/full | true", ">/dev/full 2> >(exec true)", ">&- 2>&- <&-"])
+def test_no_stream_ends_a_job(tiny: Path, tmp_path: Path, streams: str, leaves_nothing: None) -> None:
+    program = f"{sys.executable} -W error -m dualparal generate --model_id {tiny} --ranks 2 --verbose"
+    request = ["--prompt", "x", "--latents_num", "5", "--sample_steps", "2", *SIZE, "--save_file", "x.mp4"]
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {program} {' '.join(request)} {streams}"], cwd=tmp_path, timeout=WAIT_S, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}, capture_output=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert count_frames(tmp_path / "x.mp4") == 17
 
 
 def test_control_c_keeps_the_finished_blocks_and_resume_goes_on(tiny: Path, tmp_path: Path, leaves_nothing: None) -> None:
@@ -96,6 +111,21 @@ def test_control_c_keeps_the_finished_blocks_and_resume_goes_on(tiny: Path, tmp_
     assert process.returncode == 0, err
     assert out.startswith(f"{video}: 237 frames")
     assert count_frames(video) == count_frames(part) == 237
+
+
+def test_another_program_stops_it(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], leaves_nothing: None) -> None:
+    request = ["--prompt", "long", "--latents_num", "60", "--sample_steps", "50", *SIZE]
+    with dualparal(tmp_path, "generate", "--model_id", tiny, *request) as process:
+        job_id = first_line(process)
+        folder = tmp_path / "outputs" / job_id
+        assert wait_until(lambda: any(folder.glob("block_*.ts")) or process.poll() is not None, WAIT_S)
+        assert main(["jobs", "--outputs", str(tmp_path / "outputs"), "--delete", job_id]) == 2
+        assert main(["jobs", "--outputs", str(tmp_path / "outputs"), "--cancel", "last", "--delete", job_id]) == 0
+        _, err = process.communicate(timeout=WAIT_S)
+    printed = capsys.readouterr()
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"job {job_id} was stopped after" in printed.out and "stop it first" in printed.err
+    assert not folder.exists()
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_one_sentence_before_any_job(tiny: Path, tmp_path: Path) -> None:
@@ -139,6 +169,6 @@ def test_wrong_usage(tiny: Path, arguments: list[str], says: str, capsys: pytest
         code: object = main(["generate", "--model_id", str(tiny), "--device", "cpu", *arguments])
     except SystemExit as end:  # argparse's
         code = end.code
-    told = capsys.readouterr()
-    assert code == 2 and not told.out
-    assert says in told.err and "Traceback" not in told.err
+    printed = capsys.readouterr()
+    assert code == 2 and not printed.out
+    assert says in printed.err and "Traceback" not in printed.err

@@ -38,17 +38,23 @@ from dualparal import (
     WorkerDied,
     WorkerFailed,
 )  # fmt: skip
-from dualparal.model.layout import Checkpoint, transformer_owners
+from dualparal.cli.progress import follow
+from dualparal.engine import pulse
+from dualparal.jobs.job import Job
+from dualparal.model.layout import Checkpoint
+from dualparal.model.part_shapes import transformer_owners
 from dualparal.model.text import TextEncoder
+from dualparal.model.text_cache import EmbeddingCache
+from dualparal.planning.calibration import cache_folder
 from dualparal.presets import Preset
-from dualparal.runtime import pulse
-from dualparal.runtime.job import Job
 from tests.conftest import wait_until
-from tests.distributed.hooks import FAILS_ON_RANK_1, IS_SLOW
+from tests.distributed.hooks import FAILS_ON_RANK_1, HOLD_FOLDER, IS_SLOW
 from tests.twin import Twin, block_lengths, initial_noise
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = Preset(height=32, width=32, num_inference_steps=4, num_per_block=3, num_cat=2, negative_prompt="grey, blurred")
+SMALL = Preset(
+    height=32, width=32, num_inference_steps=4, num_per_block=3, num_cat=2, negative_prompt="grey, blurred", schedule="paper"
+)
 REQUEST = GenerationRequest(prompt="a red circle bounces", latents_num=12, seed=7)
 FAULTS = "tests.distributed.hooks:faults"
 WAIT_S = 300
@@ -114,9 +120,25 @@ def test_first_and_second_job(solo: Engine, first_bits: torch.Tensor) -> None:
     assert first_bits.dtype == torch.float32
 
 
+def test_a_cut_prompt_is_told(solo: Engine, capfd: pytest.CaptureFixture[str]) -> None:
+    prompt = "b " * 255 + "c dog secret"
+    job = solo.submit(REQUEST.model_copy(update={"prompt": prompt, "latents_num": 1}))
+    follow(solo, job)
+    job.result(timeout=120)
+    reported = "the prompt is longer than the model's 512 tokens: “dog” and what follows it are left out"
+    notices = [event.notice for event in job.folder.events() if isinstance(event, Started)]
+    assert notices == ["", reported]
+    out = capfd.readouterr()
+    assert f"note: {reported}" in out.err and "secret" not in out.err
+    history = job.view().history
+    assert history.started is not None and history.started.notice == reported and history.num_runs == 1
+
+
 def test_many_blocks_equal_the_twin(solo: Engine, tiny: Path, first_bits: torch.Tensor) -> None:
-    encoder = TextEncoder(Checkpoint(tiny), device="cpu", dtype=torch.float32)
+    kept = EmbeddingCache(cache_folder() / "text")  # what the codec made of them: this process may round differently by now
+    encoder = TextEncoder(Checkpoint(tiny), device="cpu", dtype=torch.float32, cache=kept)
     texts = [[encoder.encode(REQUEST.prompt), encoder.encode(SMALL.negative_prompt)]]
+    assert not encoder.is_loaded
     case = {"latents_num": 12, "num_per_block": 3, "num_cat": 2, "steps": 4, "texts": texts, "seed": 7}
     expected = torch.cat(list(Twin(tiny).run(**case).values()), dim=2)
     assert (first_bits - expected).abs().max() <= 1e-5
@@ -132,7 +154,7 @@ def test_one_block_from_a_prompt_equals_the_pipeline(solo: Engine, tiny: Path) -
 
     pipeline = WanPipeline.from_pretrained(tiny, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    for width, prompt in ((32, "A cat — “quoted”, naïve &amp; 猫\n walks"), (64, "")):
+    for width, prompt in ((32, "A cat — “quoted”, naïve &amp; 猫\n walks"), (64, "x")):
         request = GenerationRequest(
             prompt=prompt, latents_num=5, seed=3, width=width, guidance_scale=4.0, num_inference_steps=6
         )
@@ -611,3 +633,19 @@ def test_a_script_that_never_closes_its_engine(tiny: Path, tmp_path: Path, leave
     )
     assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
     assert not done.stderr
+
+
+def test_workers_import_no_more_than_they_use(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT, transformers and torch's compiler take longer to import than the rest; a new prompt needs transformers, a known one
+    does not."""
+    monkeypatch.setenv(HOLD_FOLDER, str(tmp_path))
+    workers = {name: tmp_path / f"imports of {name}" for name in ("codec", "0", "1")}
+    request = REQUEST.model_copy(update={"prompt": "asked for here alone"})
+    for is_new in (True, False):
+        with open_engine(tiny, tmp_path / "outputs", ranks=2, worker_hook="tests.distributed.hooks:tells_imports") as engine:
+            latents_of(engine, request)
+        first = {name: path.read_text().splitlines()[0] for name, path in workers.items()}
+        assert ("'transformers'" in first.pop("codec")) is is_new
+        assert set(first.values()) == {"[]"}
+        for path in workers.values():
+            path.unlink()

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from dualparal import Engine
-from dualparal.runtime.network import LOST_AFTER_S
+from dualparal.network import LOST_AFTER_S
 from tests.conftest import wait_until
 from tests.distributed.two_hosts import REQUEST, SMALL
 

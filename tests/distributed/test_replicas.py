@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dualparal import Engine, Finished, GenerationRequest, Interrupted, WorkerDied
+from dualparal.engine.replica import Replica
+from dualparal.jobs.job import Job
 from dualparal.presets import Preset
-from dualparal.runtime.job import Job
-from dualparal.runtime.replica import Replica
 from tests.conftest import wait_until
 from tests.distributed.hooks import IS_SLOW
 

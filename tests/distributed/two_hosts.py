@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from dualparal import DualParalError, Engine, GenerationRequest, Progress
+from dualparal.hosts.torchrun import find_team
+from dualparal.logs import set_up_logs
 from dualparal.presets import Preset
-from dualparal.runtime.logs import set_up_logs
-from dualparal.runtime.torchrun import find_team
 from tests.distributed.hooks import IS_SLOW
 
-SMALL = Preset(height=32, width=32, num_inference_steps=4, num_per_block=3, num_cat=2, negative_prompt="grey, blurred")
+SMALL = Preset(
+    height=32, width=32, num_inference_steps=4, num_per_block=3, num_cat=2, negative_prompt="grey, blurred", schedule="paper"
+)
 REQUEST = GenerationRequest(prompt="a red circle bounces", latents_num=12, seed=7)
 SLOW = GenerationRequest(prompt="slow", latents_num=600, num_inference_steps=IS_SLOW, seed=1)
 WAIT_S = 600

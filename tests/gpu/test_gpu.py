@@ -10,15 +10,15 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from dualparal import Engine, GenerationRequest
-from dualparal.core.estimate import GPU_RUNTIME_BYTES, memory_plan, workload_of
-from dualparal.core.rules import rules_of
-from dualparal.core.sizes import WAN_1_3B
+from dualparal import Engine, GenerationRequest, Settings
 from dualparal.errors import RequestError
+from dualparal.method.rules import rules_of
 from dualparal.model.calibrate import calibrate
 from dualparal.model.layout import Checkpoint
 from dualparal.model.stage import Stage
 from dualparal.model.tiny import write_tiny_checkpoint
+from dualparal.planning.memory import GPU_RUNTIME_BYTES, memory_plan, workload_of
+from dualparal.planning.sizes import WAN_1_3B
 from tests.local_ring import denoise_in_threads
 from tests.texts import joined, some_texts
 
@@ -102,7 +102,7 @@ def test_peak_memory_of_a_real_stage_is_the_plans() -> None:
     """Weights, cache and activations of five 1.3B layers at 480p, within a few per cent."""
     from benchmarks.gpu import measure_steps
 
-    request = GenerationRequest(
+    request = Settings(
         prompt="x", negative_prompt="", latents_num=40, height=480, width=832, fps=16, seed=0, num_inference_steps=8,
         guidance_scale=5.0, guidance_scale_2=5.0, flow_shift=3.0, num_per_block=8, num_cat=8, schedule="paper",
         context="recomputed",
@@ -133,7 +133,7 @@ def test_left_caches_in_host_memory_leave_room() -> None:
     """What `context="cached"` takes on the card is the plan's, a fraction of what it is without the option."""
     from benchmarks.gpu import measure_steps
 
-    request = GenerationRequest(
+    request = Settings(
         prompt="x", negative_prompt="", latents_num=64, height=480, width=832, fps=16, seed=0, num_inference_steps=8,
         guidance_scale=5.0, guidance_scale_2=5.0, flow_shift=3.0, num_per_block=8, num_cat=8, schedule="paper",
         context="cached",

@@ -1,0 +1,1 @@
+"""The quality bench: makes, measures, reports."""

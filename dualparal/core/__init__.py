@@ -1,1 +1,0 @@
-"""Pure arithmetic of the method: no processes, no torch.distributed, no clock."""

@@ -1,0 +1,1 @@
+"""One pipeline over several hosts, under torchrun."""

@@ -1,0 +1,1 @@
+"""Jobs on disk and in line."""

@@ -1,0 +1,1 @@
+"""The paper: plan, schedule, noise, samplers. Pure: no processes, no clock."""

@@ -1,0 +1,53 @@
+"""Coordinated initial noise (METHOD.md, "Initial noise"): all blocks share one pool of Gaussian frames, reshuffled.
+
+Noise depends on the seed and the shape only: it is drawn on the CPU in float32, whatever runs the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dualparal.method.plan import BlockPlan
+
+
+def coordinated_noise(
+    plan: BlockPlan, num_per_block: int, seed: int, *, channels: int, height: int, width: int
+) -> Iterator[torch.Tensor]:
+    """Yield each block's noise in order, [1, channels, len(block), height, width] float32 on the CPU.
+
+    `height` and `width` are those of the latents. The recurrence, for a pool of `num_per_block + num_cat` frames:
+
+        perm = random permutation of all pool frames but the last num_cat
+        pool = [last num_cat of the pool | the permuted rest]
+        block takes the last len(block) frames of the pool
+
+    so no frame's noise repeats within [left context | own]. Every scene draws a pool of its own, the generator going on.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (1, channels, num_per_block + plan.num_cat, height, width)
+    pool = torch.empty(shape)
+    for block, length in enumerate(plan.lengths):
+        if plan.begins_scene(block):
+            pool = torch.randn(shape, generator=generator, dtype=torch.float32)
+        perm = torch.randperm(num_per_block, generator=generator)
+        pool = torch.cat([pool[:, :, num_per_block:], pool[:, :, :num_per_block][:, :, perm]], dim=2)
+        yield pool[:, :, pool.shape[2] - length :].clone()
+
+
+class Ghost:
+    """What block 0 sees of latents that are never denoised (METHOD.md, "Continuing"): at each of its steps as noisy as itself,
+    with noise of that step's own. On the CPU in float32, so that halves, experts and ranks agree, and resume repeats it."""
+
+    def __init__(self, latents: torch.Tensor, seed: int, sigmas: Sequence[float]) -> None:
+        """`latents` [1, C, F, h, w] normalised; `sigmas[s]` is the noise level of step s."""
+        self._latents, self._seed, self._sigmas = latents.float().cpu(), seed, sigmas
+
+    def seen_at(self, step: int) -> torch.Tensor:
+        """(1 - sigma) * latents + sigma * noise."""
+        digest = hashlib.sha256(f"{self._seed} ghost {step}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        noise = torch.randn(self._latents.shape, generator=generator, dtype=torch.float32)
+        return (1 - self._sigmas[step]) * self._latents + self._sigmas[step] * noise

@@ -1,0 +1,75 @@
+"""What a plan is made for: a model's sizes, which part of it runs where, and how fast a device is. Numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dualparal.options import EngineOptions
+from dualparal.planning.sizes import PUBLISHED_MODELS, VAE_PARAMETERS, umt5_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """The numbers of one model: its transformer's config, experts, and parameters of its other parts."""
+
+    config: Mapping[str, Any]
+    num_experts: int = 1
+    text_parameters: int = umt5_parameters()
+    vae_parameters: int = VAE_PARAMETERS
+
+    @classmethod
+    def published(cls, hub_id: str) -> ModelSizes | None:
+        """Sizes of a published Wan model, known without a download; None for any other."""
+        known = PUBLISHED_MODELS.get(hub_id)
+        return cls(config=known[0], num_experts=known[1]) if known else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which part runs where: `layers[r]` layers on rank r, each rank on a GPU of its own or all on this host's CPU.
+
+    `codec_rank`: the rank whose GPU the codec shares, None for a GPU of its own. `bytes_per_device`: of each GPU, or of the
+    host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised), or auto until
+    `settle_text_encoder`. `quantization`: None, fp8 or int8. `is_offloaded`: layers wait in host memory;
+    `is_cache_offloaded`: so do left neighbours' K and V.
+    """
+
+    layers: tuple[int, ...]
+    dtype: str = "bfloat16"
+    vae_dtype: str = "float32"
+    codec_rank: int | None = None
+    on_gpu: bool = True
+    bytes_per_device: int | None = None
+    text_encoder: str = "keep"
+    quantization: str | None = None
+    is_offloaded: bool = False
+    is_cache_offloaded: bool = False
+
+    @classmethod
+    def of(cls, options: EngineOptions, **where: Any) -> Placement:
+        """What settled `options` (dtypes and device known) say, and `where` the rest is."""
+        assert options.dtype and options.vae_dtype
+        return cls(
+            dtype=options.dtype, vae_dtype=options.vae_dtype, text_encoder=options.text_encoder,
+            quantization=options.quantization, is_offloaded=options.offload, is_cache_offloaded=options.offload_cache,
+            on_gpu=options.device != "cpu", **where,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a device does: FLOP/s of a stage's layers, seconds of VAE decode per latent frame and output pixel.
+
+    Seconds of what the first and the last rank do besides: patch embedding per token of the window, output head per own token
+    and guidance half (None: not measured, taken by their FLOPs), and one sampler step. `link_bytes_per_s`: of copies between
+    device and pinned host memory, one way (None: not measured, what waits there is taken to arrive in time).
+    """
+
+    flops_per_s: float
+    decode_s_per_pixel: float = 0.0
+    embed_s_per_token: float | None = None
+    head_s_per_token: float | None = None
+    sampler_s: float = 0.0
+    link_bytes_per_s: float | None = None

@@ -1,0 +1,1 @@
+"""The worker processes: rank 0, the other ranks, the codec."""

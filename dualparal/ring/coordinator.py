@@ -1,0 +1,318 @@
+"""Rank 0's loop: one job after another from the front end; its prompt goes to the codec, and so do its finished blocks.
+
+It knows of queues and messages; what happens within a job is `coordinator`'s business.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualparal.errors import DualParalError, JobCancelled, NotFinite, RequestError, WorkerDied
+from dualparal.events import Progress, Started
+from dualparal.files import STATE_FOLDER
+from dualparal.logs import working_on
+from dualparal.messages import (
+    TOO_LATE,
+    CancelJob,
+    CloseVideo,
+    DecodeBlock,
+    Denoised,
+    JobError,
+    JobSpec,
+    OpenVideo,
+    RunJob,
+    Shutdown,
+    Spans,
+    Steer,
+    SteerAnswer,
+    TurnVideo,
+    WorkerOptions,
+)
+from dualparal.method.noise import Ghost, coordinated_noise
+from dualparal.method.plan import BlockPlan
+from dualparal.method.rules import plan_of, rules_of
+from dualparal.method.sampler import SamplerFactory
+from dualparal.method.schedule import Item, Schedule, make_schedule
+from dualparal.method.timeline import text_plan
+from dualparal.model.latent_rgb import LatentRgb
+from dualparal.model.layout import Checkpoint
+from dualparal.model.stage import JobShape, Stage
+from dualparal.request import Settings
+from dualparal.ring.arrays import tensor_of
+from dualparal.ring.denoiser import Denoiser
+from dualparal.ring.encoding import Encoding
+from dualparal.ring.looks import Looks
+from dualparal.ring.saved_sweeps import StateWriter, read_state
+from dualparal.ring.stage_loop import SpanLog
+from dualparal.ring.start import start_latents
+from dualparal.ring.steering import Steering
+from dualparal.ring.texts import TextTrips
+from dualparal.ring.transport import Links
+from dualparal.ring.worker import Uplink, describe_error
+
+log = logging.getLogger(__name__)
+PROGRESS_INTERVAL_S = 0.2
+NOT_SAVED = (
+    "with context=cached and refresh=0 a job cannot be resumed to the same bits from where it was cut off: it starts again "
+    "from its first block; leave refresh out to have it saved on the way"
+)
+
+
+class Coordinator:
+    """Rank 0's loop: one request at a time from the front end's queue."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        links: Links,
+        checkpoint: Checkpoint,
+        uplink: Uplink,
+        requests: Queue[Any],
+        to_codec: Queue[Any],
+        from_codec: Queue[Any],
+        options: WorkerOptions,
+        find_map: Callable[[], LatentRgb | None] = lambda: None,
+    ) -> None:
+        """`find_map` gives what makes early looks, None while it is not known."""
+        self._find_map = find_map
+        self._stage, self._links, self._checkpoint, self._uplink = stage, links, checkpoint, uplink
+        self._requests, self._to_codec = requests, to_codec
+        text_dim = int(checkpoint.config("transformer").get("text_dim", 4096))
+        self._encoding = Encoding(to_codec, from_codec, text_dim, options.engine.timeout_s)
+        self._vae_config = checkpoint.config("vae")
+        self._waiting: list[RunJob | Shutdown] = []
+        self._running: str | None = None
+        self._steering: Steering | None = None  # of the job that runs
+        self._cancelled: set[str] = set()  # only jobs that run or wait here
+
+    def serve(self) -> None:
+        """Until Shutdown: take a job, run it, tell the front end."""
+        while True:
+            while not self._waiting:
+                self._take(self._requests.get())
+            message = self._waiting.pop(0)
+            if isinstance(message, Shutdown):
+                self._links.broadcast(None) if self._links.ranks > 1 else None
+                self._to_codec.put(message)
+                self._to_codec.close()
+                self._to_codec.join_thread()
+                return
+            working_on(message.job_id)
+            self._running = message.job_id
+            try:
+                self._run(message)
+            except DualParalError as error:
+                if isinstance(error, WorkerDied):
+                    raise
+                self._uplink.send(JobError(message.job_id, *describe_error("rank 0", error)))
+            self._running = None
+            if self._steering is not None:
+                self._steering.refuse_all()
+                self._steering = None
+            self._cancelled.discard(message.job_id)
+            self._uplink.send(Denoised(message.job_id))
+            working_on(None)
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, CancelJob):
+            # One that comes too late is not for the next run of that job.
+            if message.job_id in (self._running, *(run.job_id for run in self._waiting if isinstance(run, RunJob))):
+                self._cancelled.add(message.job_id)
+        elif isinstance(message, Steer):
+            if self._steering is not None and message.job_id == self._running:
+                self._steering.ask(message)
+            else:
+                self._uplink.send(SteerAnswer(message.job_id, message.number, refusal=TOO_LATE))
+        else:
+            assert isinstance(message, RunJob | Shutdown)
+            self._waiting.append(message)
+
+    def _is_stopped(self, job_id: str) -> bool:
+        while not self._requests.empty():
+            self._take(self._requests.get())
+        return job_id in self._cancelled or any(isinstance(message, Shutdown) for message in self._waiting)
+
+    def _check_stop(self, job_id: str) -> None:
+        if self._is_stopped(job_id):
+            raise JobCancelled(f"job {job_id} was stopped before its first block step")
+
+    def _run(self, job: RunJob) -> None:
+        request = job.request
+        plan = plan_of(request)
+
+        def check(steered: Settings) -> None:
+            self._noise(replace(job, request=steered), plan_of(steered), *self._latent_size(steered))
+
+        steering = self._steering = Steering(job, self._encoding, self._uplink.send, check)
+        num_items = plan.num_blocks * request.num_inference_steps
+        started = Started(job_id=job.job_id, num_blocks=plan.num_blocks, num_items=num_items, num_frames=plan.num_frames)
+        self._uplink.send(started)
+        timings: dict[str, float] = {}
+        height, width = self._latent_size(request)
+        folder = Path(job.folder) / STATE_FOLDER
+        if request.context == "cached" and not request.refresh and plan.num_blocks > 1:
+            log.warning(NOT_SAVED)
+        state, before = read_state(folder) if job.is_resumed else (None, [])
+        noise = self._noise(job, plan, height, width)
+        to_hear = text_plan(request, plan)
+        check_stop = functools.partial(self._check_stop, job.job_id)
+        texts, uncond, notice = self._encoding.texts(job, to_hear, timings, check_stop)
+        if notice:
+            log.warning(notice)
+            self._uplink.send(replace(started, notice=notice))
+        start = start_latents(job, lambda picture: self._encoding.picture(job, picture, timings, check_stop))
+        self._to_codec.put(OpenVideo(job, *_px(request)))
+        started_s = time.monotonic()
+        samplers = SamplerFactory(
+            self._checkpoint.config("scheduler"), num_steps=request.num_inference_steps,
+            flow_shift=request.flow_shift, device=self._stage.device, solver=request.solver,
+        )  # fmt: skip
+        guidance = request.guidance_scale, request.guidance_scale_2
+        spec = JobSpec(
+            job.job_id,
+            rules_of(request),
+            plan,
+            samplers.experts(request.boundary_ratio),
+            JobShape(height, width, 1 + len(uncond), guidance, to_hear.of_block),
+            self._stage.embed_conditions(samplers.timesteps, [[texts[0], *uncond]]),
+            start=state.next_index if state else 0,
+        )
+        schedule = make_schedule(spec.rules, plan, spec.experts)
+        self._links.broadcast(spec)
+        self._stage.begin(spec.shape, schedule, spec.conditions)
+        progress = ProgressReport(job.job_id, schedule, self._uplink, spec.start)
+        saver = StateWriter(folder)
+        looks = Looks(job.job_id, request.num_inference_steps, self._find_map, self._uplink.send)
+        denoiser = Denoiser(
+            self._stage, self._links, schedule, samplers, noise,
+            is_stopped=lambda: self._is_stopped(job.job_id),
+            on_step=progress.step,
+            on_block=lambda block, latents: self._decode(job, block, latents, start),
+            spans=SpanLog("stage 0", lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
+            saver=saver, looks=looks, trips=TextTrips(spec.shape, schedule, spec.conditions),
+            say=lambda text: self._stage.embed_text(texts[text]), turns=lambda item: steering.is_due(item, schedule),
+            ghost=None if start is None else Ghost(start, request.seed, samplers.sigmas),
+        )  # fmt: skip
+        for block, latents in enumerate(before):
+            self._decode(job, block, latents, start)
+        if state is not None:
+            denoiser.restore(state)
+        try:
+            finished = denoiser.run()
+            while denoiser.is_turning:
+                job = steering.job
+                plan, at = plan_of(job.request), denoiser.next_index
+                to_hear = text_plan(job.request, plan)
+                texts = self._encoding.known(to_hear)
+                spec = replace(
+                    spec, plan=plan, shape=replace(spec.shape, text_of_block=to_hear.of_block), start=at, is_turn=True,
+                    conditions=self._stage.embed_conditions(samplers.timesteps, [[texts[0], *uncond]]),
+                )  # fmt: skip
+                schedule = make_schedule(spec.rules, plan, spec.experts)
+                self._links.broadcast(spec)
+                self._stage.turn(spec.shape, schedule, spec.conditions)
+                self._to_codec.put(TurnVideo(job))
+                progress.follow(schedule, at)
+                trips = TextTrips(spec.shape, schedule, spec.conditions)
+                denoiser.turn(schedule, self._noise(job, plan, height, width), trips)
+                finished = denoiser.run()
+        except NotFinite:
+            self._stage.end()
+            saver.close()
+            raise
+        finally:
+            looks.close()
+        self._stage.end()
+        timings["denoise_s"] = time.monotonic() - started_s
+        saver.close()
+        timings["save_s"] = saver.seconds
+        timings["look_s"] = looks.seconds
+        self._to_codec.put(CloseVideo(job.job_id, not finished, timings))
+
+    def _decode(self, job: RunJob, block: int, latents: torch.Tensor, start: torch.Tensor | None) -> None:
+        """Hand a finished block to the codec, and the film's first latent with the first."""
+        latents = latents.cpu()
+        if block == 0 and start is not None:
+            latents = torch.cat([start, latents], dim=2)
+        self._to_codec.put(DecodeBlock(job.job_id, block, latents.numpy()))
+
+    def _latent_size(self, request: Settings) -> tuple[int, int]:
+        scale = int(self._vae_config.get("scale_factor_spatial") or 8)
+        height, width = _px(request)
+        for name, size, patch in (("height", height, self._stage.patch_size[1]), ("width", width, self._stage.patch_size[2])):
+            if size % (scale * patch):
+                raise RequestError(f"{name}={size} does not fit this model; use a multiple of {scale * patch}", name)
+        return height // scale, width // scale
+
+    def _noise(self, job: RunJob, plan: BlockPlan, height: int, width: int) -> Iterator[torch.Tensor]:
+        channels = self._stage.channels
+        if job.latents is not None:
+            shapes = [(1, channels, length, height, width) for length in plan.lengths]
+            given = [array.shape for array in job.latents]
+            if given != shapes:
+                raise RequestError(f"latents have shapes {given}; this request needs {shapes}", "latents")
+            return (tensor_of(array) for array in job.latents)
+        if max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks)) > self._stage.max_frames:
+            raise RequestError(f"num_per_block is too large: the model takes {self._stage.max_frames} latents at once",
+                               "num_per_block")  # fmt: skip
+        return coordinated_noise(
+            plan, job.request.num_per_block, job.request.seed, channels=channels, height=height, width=width
+        )
+
+
+class ProgressReport:
+    """Counts block steps and tells the front end a few times a second."""
+
+    def __init__(self, job_id: str, schedule: Schedule, uplink: Uplink, start: int = 0) -> None:
+        self._job_id, self._num_steps, self._uplink = job_id, schedule.num_steps, uplink
+        self.follow(schedule, start)
+
+    def follow(self, schedule: Schedule, start: int) -> None:
+        """Count by `schedule`, of which the items before `start` are done."""
+        self._steps = [0] * schedule.plan.num_blocks
+        # Window frames are a fair measure of an item's work.
+        self._frames = {(item.block, item.step): sum(schedule.window_frames(item)) for item in schedule.items if item.is_whole}
+        self._total = sum(self._frames.values())
+        self._done = 0
+        for item in schedule.items[:start]:
+            if item.is_whole:
+                self._steps[item.block] = item.step + 1
+                self._done += self._frames[item.block, item.step]
+        self._resumed_at = self._done
+        self._started_s = time.monotonic()
+        self._sent_s = 0.0
+
+    def step(self, item: Item) -> None:
+        self._steps[item.block] = item.step + 1
+        self._done += self._frames[item.block, item.step]
+        if self._done == self._resumed_at:  # skipped steps only: no work yet to tell the time by
+            return
+        now_s = time.monotonic()
+        is_last = self._done == self._total
+        if now_s - self._sent_s < PROGRESS_INTERVAL_S and not is_last and item.step + 1 < self._num_steps:
+            return
+        self._sent_s = now_s
+        rate = (self._done - self._resumed_at) / max(now_s - self._started_s, 1e-6)
+        self._uplink.send(
+            Progress(
+                job_id=self._job_id,
+                items_done=sum(self._steps),
+                num_items=len(self._steps) * self._num_steps,
+                num_steps=self._num_steps,
+                block_steps=tuple(self._steps),
+                eta_s=(self._total - self._done) / rate,
+            )
+        )
+
+
+def _px(request: Settings) -> tuple[int, int]:
+    return request.height, request.width

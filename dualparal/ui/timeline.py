@@ -1,0 +1,63 @@
+"""A film's timeline on the page: its shots over the strip of blocks, while one types and while it is made.
+
+The controls that write the lines into the prompt are `timeline.js`; what a line means is `dualparal.prompts` alone.
+"""
+
+from __future__ import annotations
+
+from dualparal.method.plan import BlockPlan
+from dualparal.method.rules import plan_of
+from dualparal.method.timeline import scenes_of
+from dualparal.prompts import TRANSITIONS
+from dualparal.request import TEMPORAL_FACTOR, Settings
+from dualparal.ui.words import safe, short
+
+BEGINS = {"switch": "the text changes", "blend": "the text changes over three blocks", "cut": "a cut: a new scene"}
+EDITOR = (
+    '<div class="shots-editor" data-transitions="{words}"><ol></ol>'
+    '<button type="button" class="add-shot" title="a part of the film with its own text and length">+ Add a shot</button>'
+    "</div>"
+).format(words=",".join(TRANSITIONS))  # fmt: skip
+
+
+def preview(settings: Settings) -> str:
+    """Under the prompt: shots with their seconds over the blocks that they become; '' without shots."""
+    if not settings.shots:
+        return ""
+    plan = plan_of(settings)
+    blocks = "".join(
+        f'<i class="{"cut" if block in plan.cuts else ""}" style="flex-grow:{frames}"></i>'
+        for block, frames in enumerate(_frames_of_blocks(plan))
+    )
+    total_s = settings.num_frames / settings.fps
+    summary = f"{len(settings.shots)} shot{'s' * (len(settings.shots) != 1)}, {plan.num_blocks} blocks, {total_s:.1f} s"
+    return (
+        f'<section class="film" role="img" aria-label="{summary}">{shots_row(settings)}<div class="film-blocks">{blocks}</div>'
+        f'<div class="film-scale"><span>0 s</span><span>{summary}</span><span>{total_s:.1f} s</span></div></section>'
+    )
+
+
+def shots_row(settings: Settings) -> str:
+    """The shots, as wide as each is long; '' without."""
+    if not settings.shots:
+        return ""
+    cells, first, number = [], 0, 0
+    for scene in scenes_of(settings.shots):
+        for place, latents in enumerate(scene):
+            shot, number = settings.shots[number], number + 1
+            num_frames = TEMPORAL_FACTOR * latents - (TEMPORAL_FACTOR - 1) * (place == 0)
+            how = "the film begins" if number == 1 else BEGINS[shot.transition]
+            from_s, to_s = first / settings.fps, (first + num_frames) / settings.fps
+            text = short(shot.prompt, 120) or "what the whole film shows"
+            title = f"shot {number}, {from_s:.1f} to {to_s:.1f} s, {how}: {text}"
+            kind = "first" if number == 1 else shot.transition
+            cells.append(
+                f'<span class="shot {kind}" style="flex-grow:{num_frames}" title="{safe(title)}">'
+                f"<b>{number}</b><em>{to_s - from_s:.1f} s</em><span>{safe(short(shot.prompt, 40))}</span></span>"
+            )
+            first += num_frames
+    return f'<div class="film-shots">{"".join(cells)}</div>'
+
+
+def _frames_of_blocks(plan: BlockPlan) -> list[int]:
+    return [plan.num_frames_of(block) for block in range(plan.num_blocks)]

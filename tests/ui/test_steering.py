@@ -1,0 +1,113 @@
+"""Steering from the page and over the API, over fake workers: what it says, what it shows, whose job it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dualparal import RequestError, Steered
+from dualparal.jobs.folder import JobFolder
+from dualparal.method.timeline import written
+from dualparal.request import GenerationRequest
+from dualparal.ui import panels, timeline
+from dualparal.ui.api import Calls
+from dualparal.ui.page import Page
+from dualparal.ui.studio import Studio
+from tests.conftest import wait_until
+from tests.fake_group import GroupLog, Make
+from tests.page_server import ON_PAGE
+
+HTTP: Any = SimpleNamespace(username=None, client=None, session_hash="tab")
+OWNER = "someone's own secret"
+FILM = {
+    "prompt": "a slow kite",
+    "seconds": 8,
+    "num_inference_steps": 4,
+    "max_in_flight": 2,
+    "schedule": "preview",
+    "context": "cached",
+}
+
+
+@pytest.fixture
+def studio(make: Make, group_log: GroupLog, tmp_path: Path) -> Iterator[Studio]:
+    yield Studio(make(**ON_PAGE, outputs=tmp_path / "outputs").start())
+    group_log.let_go.set()
+
+
+def running(studio: Studio) -> str:
+    """A job that goes no further than two finished blocks."""
+    token = studio.owner_of(OWNER)
+    job_id = studio.submit(GenerationRequest(**FILM), owner=token).job_id
+    assert wait_until(lambda: len(studio.find(job_id, token).blocks) == 2, 30)
+    return job_id
+
+
+def test_over_the_api(studio: Studio, group_log: GroupLog) -> None:
+    calls, job_id = Calls(studio), running(studio)
+    group_log.let_go.set()
+    group_log.item_s = 0.02
+    told = calls.steer(HTTP, job_id, "a red kite", "blend", OWNER)
+    job = studio.engine.job(job_id)
+    assert job is not None and told["block"] >= 2 and told["from_s"] > 0
+    shots = told["settings"]["shots"]
+    assert [shot["prompt"] for shot in shots] == ["a slow kite", "a red kite"] and shots[1]["transition"] == "blend"
+    result = job.result(30)
+    assert result.num_frames == job.request.num_frames == 129
+    again = JobFolder(job.folder.path)
+    assert again.request() == job.request and written(job.request).endswith("s blend] a red kite")
+    assert [event.block for event in again.events() if isinstance(event, Steered)] == [told["block"]]
+    assert 'title="shot 2' in timeline.shots_row(studio.find(job_id, studio.owner_of(OWNER)).request)
+
+
+def test_whose_and_what_is_refused(studio: Studio, group_log: GroupLog) -> None:
+    calls, job_id = Calls(studio), running(studio)
+    with pytest.raises(RequestError, match=f"there is no job {job_id} here"):
+        calls.steer(HTTP, job_id, "a red kite", None, "somebody else's secret")
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        calls.steer(HTTP, job_id, " ", None, OWNER)
+    with pytest.raises(RequestError, match="should be 'switch', 'blend' or 'cut'"):
+        calls.steer(HTTP, job_id, "a red kite", "fade", OWNER)
+    group_log.let_go.set()
+    job = studio.engine.job(job_id)
+    assert job is not None
+    job.result(30)
+    with pytest.raises(RequestError, match="is finished; only a running job can be steered"):
+        calls.steer(HTTP, job_id, "a red kite", None, OWNER)
+    plain = studio.compare(job_id, studio.owner_of(OWNER))
+    with pytest.raises(RequestError, match="plain Wan takes one prompt"):
+        calls.steer(HTTP, plain.job_id, "a red kite", None, OWNER)
+
+
+def test_on_the_page(studio: Studio, group_log: GroupLog) -> None:
+    page, job_id = Page(studio), running(studio)
+    group_log.let_go.set()
+    group_log.item_s = 0.02
+    text, told = page._steer(OWNER, job_id, "a <red> kite", "switch", HTTP)
+    assert text == "" and "“a &lt;red&gt; kite”" in told and told.startswith('<p role="status">From ')
+    event = Steered(
+        job_id=job_id,
+        block=3,
+        prompt="b",
+        transition="cut",
+        from_s=2.0625,
+        num_blocks=9,
+        num_items=90,
+        num_frames=9,
+        notice="n",
+    )
+    assert panels.steered(event) == '<p role="status">From 2.1 s on: “b” (n)</p>'
+
+
+def test_cut_off_before_it_was_taken(studio: Studio, group_log: GroupLog) -> None:
+    job_id = running(studio)
+    job = studio.engine.job(job_id)
+    assert job is not None
+    with pytest.raises(TimeoutError):  # nobody takes anything while the job is held
+        job.steer("a red kite", timeout=0.1)
+    group_log.groups[-1].kill()
+    assert wait_until(lambda: job.has_ended, 30)
