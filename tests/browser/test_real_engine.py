@@ -89,13 +89,17 @@ class Served:
     def held(self) -> Iterator[None]:
         """No worker moves inside, so that a browser may be slow."""
         workers = self.workers()
-        for one in workers:
-            one.suspend()
+
+        def each(signal_one: Callable[[psutil.Process], None]) -> None:
+            for one in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):  # the fork of one, seen before it became ffmpeg
+                    signal_one(one)
+
+        each(psutil.Process.suspend)
         try:
             yield
         finally:
-            for one in workers:
-                one.resume()
+            each(psutil.Process.resume)
 
     @contextlib.contextmanager
     def held_within(self, known: set[str], made: str = "block_*.ts") -> Iterator[str]:
