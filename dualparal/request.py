@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
+from dualparal.agreement import check_together
 from dualparal.errors import RequestError
 from dualparal.prompts import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
-from dualparal.prompts import Shot, checked_shots, split_timeline, text_of_shot, usable_text
+from dualparal.prompts import Shot, checked_shots, split_timeline, usable_text
 from dualparal.prompts import shown as shown
 
 TEMPORAL_FACTOR = 4  # frames folded into one latent frame by the Wan VAE (the first latent holds one frame)
 MAX_LATENTS = 100_000
 MAX_SEED = 2**63 - 1
-LENGTHS = ("latents_num", "num_frames", "seconds")  # a request gives at most one of them
 ScheduleName = Literal["paper", "preview"]  # each is an entry of method.rules.POLICIES
 SolverName = Literal["unipc", "euler", "dpm++"]
 ContextName = Literal["recomputed", "cached"]
@@ -58,7 +58,7 @@ class _Described(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise _one_sentence(error, type(self)) from None
-        _check_together(self)
+        check_together(self)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -244,67 +244,6 @@ class GenerationRequest(_Open):
         if not isinstance(values, dict):
             raise RequestError("the stored settings are not a JSON object; they were not written by this program")
         return cls(**asked_again(values))
-
-
-def _check_together(found: Any) -> None:
-    """Raise `RequestError` when values that are given do not fit each other."""
-    _check_said(found)
-    given = [name for name in LENGTHS if name in type(found).model_fields and getattr(found, name) is not None]
-    if len(given) > 1:
-        raise RequestError(f"{' and '.join(given)} both give the length; give one of them", given[1])
-    if found.shots is not None:
-        _check_shots(found, given)
-    if found.start_image is not None:
-        _check_start(found)
-    per_block, num_cat = found.num_per_block, found.num_cat
-    if per_block is not None and num_cat is not None and num_cat > per_block:
-        raise RequestError(
-            f"num_cat={num_cat} (the context) is more than num_per_block={per_block} (a block's latent frames); "
-            f"use num_cat between 0 and {per_block}",
-            "num_cat",
-        )
-    start, stop = found.guidance_start, found.guidance_stop
-    if start is not None and stop is not None and start > stop:
-        raise RequestError(
-            f"guidance_start={start:g} is after guidance_stop={stop:g}; use guidance_start between 0 and {stop:g}",
-            "guidance_start",
-        )
-
-
-def _check_said(found: Any) -> None:
-    """Raise `RequestError` for a request, or a shot of it, that says nothing."""
-    if found.shots is None and isinstance(found, GenerationRequest) and not found.prompt.strip():
-        raise RequestError(f"prompt={shown(found.prompt)}: the prompt is empty; say what the video should show", "prompt")
-    for number, shot in enumerate(found.shots or (), 1):
-        if not text_of_shot(found.prompt, shot):
-            raise RequestError(
-                f"shots: shot {number} says nothing, and neither does the film's prompt; say what it shows", "shots"
-            )
-
-
-def _check_shots(found: Any, given: Sequence[str]) -> None:
-    """Raise `RequestError` for shots that do not agree with the length: of a request there is none besides, and those of
-    settings are in latents."""
-    if isinstance(found, GenerationRequest):
-        if given:
-            raise RequestError(f"{given[0]} and the shots both give the length; leave {given[0]} out", given[0])
-    elif [shot.seconds for shot in found.shots] != [None] * len(found.shots) or found.latents_num != sum(
-        shot.latents_num for shot in found.shots
-    ):
-        raise RequestError(f"shots: they are not the {found.latents_num} latents of the film", "shots")
-
-
-def _check_start(found: Any) -> None:
-    """Raise `RequestError` for a picture with nothing after it, or that nobody would see."""
-    if found.num_cat == 0:
-        raise RequestError("start_image: with num_cat=0 no block would see the picture; use at least 1", "start_image")
-    first = found.shots[0].latents_num if found.shots else found.latents_num
-    if first == 1 or (not found.shots and getattr(found, "num_frames", None) == 1):
-        what = "the first shot" if found.shots else "the film"
-        raise RequestError(
-            f"start_image: the picture is the first of {what}'s latent frames, and there is no other; make it longer",
-            "start_image",
-        )
 
 
 def _one_sentence(error: ValidationError, kind: type[BaseModel]) -> RequestError:

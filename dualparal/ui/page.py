@@ -6,7 +6,6 @@ the job it shows (session storage), so a reload finds the job again and two tabs
 
 from __future__ import annotations
 
-import html
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,14 @@ import gradio as gr
 from dualparal.errors import DualParalError, RequestError
 from dualparal.media.metadata import read_settings
 from dualparal.presets import USUAL
-from dualparal.prompts import MAX_PROMPT_CHARS, TRANSITIONS
 from dualparal.ui import api, form, gallery, owners, panels, timeline
 from dualparal.ui.live_video import LiveVideo
+from dualparal.ui.steering import QUIET, SteeringField, one_sentence
 from dualparal.ui.studio import Studio
 from dualparal.ui.watch import watch
-from dualparal.ui.words import without_paths
 
 HERE = Path(__file__).parent
 TICK_S = 2.0
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 # Estimates come back in the order they were asked for, or an older one would overwrite a newer.
 IN_ORDER: dict[str, Any] = {"concurrency_id": "estimate", "concurrency_limit": 1}
 DEFAULT_EXAMPLES = (
@@ -49,11 +46,6 @@ element.addEventListener('click', (event) => {
 });
 """
 BOARD_JS = (HERE / "rough.js").read_text(encoding="utf-8") + (HERE / "strip.js").read_text(encoding="utf-8")
-
-
-def one_sentence(error: DualParalError) -> gr.Error:
-    """The error as a message on the page. Escaped: Gradio shows messages as HTML, and they quote what was typed."""
-    return gr.Error(html.escape(without_paths(error)), print_exception=False, title="That did not work")
 
 
 class Page:
@@ -114,16 +106,7 @@ class Page:
                     prompts = own.examples[:4] or DEFAULT_EXAMPLES
                     self.examples = [(gr.Button(f"▸ {prompt}", elem_classes="example"), prompt) for prompt in prompts]
                 self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=BOARD_JS)
-                with gr.Row(elem_id="steer", visible=False) as self.steering:
-                    self.steer_text = gr.Textbox(
-                        show_label=False, placeholder="From here on: another prompt for all blocks that have not entered yet",
-                        max_length=MAX_PROMPT_CHARS, elem_id="steer-text", scale=6, container=False,
-                    )  # fmt: skip
-                    self.steer_how = gr.Dropdown(
-                        TRANSITIONS, show_label=False, elem_id="steer-how", scale=1, min_width=100, container=False,
-                    )  # fmt: skip
-                    self.steer = gr.Button("From here on", elem_id="steer-go", scale=1, min_width=120)
-                self.steered = gr.HTML(apply_default_css=False, elem_id="steered")
+                self.steering = SteeringField(self.studio, self._owner)
                 self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
                 self.queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=BUTTONS_JS)
         self.gallery = gr.HTML(apply_default_css=False, elem_id="gallery", js_on_load=BUTTONS_JS)
@@ -147,11 +130,7 @@ class Page:
             filled = button.click(lambda prompt=prompt: prompt, None, self.form.prompt, **QUIET)
             self._then_follow(filled.then(self._start, [browser, *inputs], [self.job_id, self.queue], **QUIET))
         self.stop.click(self._stop, [browser, self.job_id], self.stop, queue=False, **QUIET)
-        gr.on(
-            [self.steer.click, self.steer_text.submit], self._steer,
-            [browser, self.job_id, self.steer_text, self.steer_how], [self.steer_text, self.steered], concurrency_limit=8,
-            **QUIET,
-        )  # fmt: skip
+        self.steering.wire(browser, self.job_id)
         again = self.another.click(
             self._try_another, [browser, self.job_id, self.form.parts["seed"]],
             [self.job_id, self.queue, self.form.parts["seed"]], **QUIET,
@@ -177,7 +156,8 @@ class Page:
 
     def _then_follow(self, event: Any, is_new: bool = True) -> None:
         """After `event` has set the job's id: follow it to its end, then show it in the gallery if it `is_new` there."""
-        outputs = [self.video, self.board, self.result, self.stop, self.another, self.idle, self.steering, self.steered]
+        outputs = [self.video, self.board, self.result, self.stop, self.another, self.idle]
+        outputs += [self.steering.row, self.steering.told]
         followed = event.success(
             self._follow, [self.browser, self.job_id], outputs, concurrency_limit=None, trigger_mode="multiple", **QUIET
         )
@@ -235,13 +215,6 @@ class Page:
         except DualParalError as error:
             raise one_sentence(error) from None
         return gr.update(value="Stopping…", interactive=False)
-
-    def _steer(self, token: str, job_id: str, text: str, how: str, request: gr.Request) -> tuple[str, str]:
-        try:
-            told = self.studio.steer(job_id, text, how, self._owner(token, request))
-        except DualParalError as error:
-            raise one_sentence(error) from None
-        return "", panels.steered(told)
 
     def _try_another(self, token: str, job_id: str, seed: str, request: gr.Request) -> tuple[str, str, Any]:
         """Stop the job and ask for the same with another seed, which the form then shows if it showed one."""

@@ -85,9 +85,10 @@ def test_whose_and_what_is_refused(studio: Studio, group_log: GroupLog) -> None:
 
 def test_on_the_page(studio: Studio, group_log: GroupLog) -> None:
     page, job_id = Page(studio), running(studio)
+    page.build()
     group_log.let_go.set()
     group_log.item_s = 0.02
-    text, told = page._steer(OWNER, job_id, "a <red> kite", "switch", HTTP)
+    text, told = page.steering.steer(OWNER, job_id, "a <red> kite", "switch", HTTP)
     assert text == "" and "“a &lt;red&gt; kite”" in told and told.startswith('<p role="status">From ')
     event = Steered(
         job_id=job_id,
