@@ -54,6 +54,7 @@ class Page:
     def __init__(self, studio: Studio, root: str = "") -> None:
         self.studio = studio
         self.root = f"{root.rstrip('/')}/" if root else ""
+        self.steering = SteeringField(studio, self._owner)
         self._following: dict[str, object] = {}  # session → what it follows now
 
     def build(self) -> gr.Blocks:
@@ -106,7 +107,7 @@ class Page:
                     prompts = own.examples[:4] or DEFAULT_EXAMPLES
                     self.examples = [(gr.Button(f"▸ {prompt}", elem_classes="example"), prompt) for prompt in prompts]
                 self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=BOARD_JS)
-                self.steering = SteeringField(self.studio, self._owner)
+                self.steering.build()
                 self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
                 self.queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=BUTTONS_JS)
         self.gallery = gr.HTML(apply_default_css=False, elem_id="gallery", js_on_load=BUTTONS_JS)

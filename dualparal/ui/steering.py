@@ -23,12 +23,14 @@ def one_sentence(error: DualParalError) -> gr.Error:
 
 
 class SteeringField:
-    """Lays itself out in the current Gradio context; `row` is shown while there is something to steer, `told` says what came
-    of it."""
+    """`row` is shown while there is something to steer, `told` says what came of it."""
 
     def __init__(self, studio: Studio, owner_of: Callable[[object, gr.Request | None], str]) -> None:
         """`owner_of` a browser's token and its request."""
         self._studio, self._owner_of = studio, owner_of
+
+    def build(self) -> None:
+        """Create the components in the current Gradio context."""
         with gr.Row(elem_id="steer", visible=False) as self.row:
             self._text = gr.Textbox(
                 show_label=False, placeholder="From here on: another prompt for all blocks that have not entered yet",

@@ -85,7 +85,6 @@ def test_whose_and_what_is_refused(studio: Studio, group_log: GroupLog) -> None:
 
 def test_on_the_page(studio: Studio, group_log: GroupLog) -> None:
     page, job_id = Page(studio), running(studio)
-    page.build()
     group_log.let_go.set()
     group_log.item_s = 0.02
     text, told = page.steering.steer(OWNER, job_id, "a <red> kite", "switch", HTTP)
