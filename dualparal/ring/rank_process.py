@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shutil
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
@@ -21,6 +20,7 @@ from dualparal.model.low_memory import stored_bytes
 from dualparal.model.stage import Stage
 from dualparal.network import listen_at
 from dualparal.planning.calibration import cache_folder
+from dualparal.ring import meeting
 from dualparal.ring.coordinator import Coordinator
 from dualparal.ring.looks import MapFinder
 from dualparal.ring.stage_loop import serve_stage
@@ -81,22 +81,22 @@ def join_ring(rank: int, options: WorkerOptions, uplink: Uplink, device: torch.d
     timeout = datetime.timedelta(seconds=options.engine.timeout_s)
     if options.meeting_folder is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would look up the host's name, which need not resolve
-        store: dist.Store = dist.FileStore(str(Path(options.meeting_folder) / "store"), options.ranks)
+        store: dist.Store = meeting.enter(options.meeting_folder, options.ranks)
     else:
         if rank == 0:
             store = open_store(options.listen_address or "", options.ranks, timeout)
             uplink.send(StorePort(store.port))
-        meeting: StorePort = uplink.receive()
-        if meeting.interface is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
+        told: StorePort = uplink.receive()
+        if told.interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", told.interface)
         if rank:
-            store = dist.TCPStore(meeting.host, meeting.port, options.ranks, is_master=False, timeout=timeout)
+            store = dist.TCPStore(told.host, told.port, options.ranks, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks, timeout=IDLE_TIMEOUT)
     links = DistributedLinks(rank, options.ranks, device=device, timeout_s=options.engine.timeout_s, key=options.ring_key)
     if options.meeting_folder is not None:
         dist.barrier()  # nobody needs it any more
         if rank == 0:
-            shutil.rmtree(options.meeting_folder, ignore_errors=True)
+            meeting.remove(options.meeting_folder)
     return links
 
 

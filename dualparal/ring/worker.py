@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from dualparal.devices import use_pci_order
 from dualparal.errors import DualParalError
 from dualparal.logs import set_up_logs
 from dualparal.messages import Beat, WorkerError, WorkerOptions
+from dualparal.ring import meeting
 
 log = logging.getLogger(__name__)
 BEAT_INTERVAL_S = 1.0
@@ -114,7 +114,7 @@ def _watch_front_end(meeting_folder: str | None) -> None:
     assert parent is not None
     wait([parent.sentinel])
     if meeting_folder is not None:  # it has died before the ranks had met
-        shutil.rmtree(meeting_folder, ignore_errors=True)
+        meeting.remove(meeting_folder)
     os._exit(1)
 
 
