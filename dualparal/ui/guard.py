@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import logging
 
+from fastapi.exception_handlers import http_exception_handler
 from gradio.route_utils import FnIndexInferError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 UNREADABLE = (TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError, AssertionError, FnIndexInferError)
 
 
+NO_FILE = {"detail": "there is no such file here; it may have been deleted"}
 UNFIT = {"detail": "this request fits no endpoint; /gradio_api/info lists them"}
 
 
 async def unfit(_: Request, __: Exception) -> JSONResponse:
     """The answer to a body of the wrong form; FastAPI's own repeats all of it."""
     return JSONResponse(UNFIT, status_code=422)
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """The answer to what is refused; of a file Gradio's own repeats the whole path, which is the server's business."""
+    assert isinstance(error, HTTPException)
+    if "/file=" in request.url.path and error.status_code in (403, 404):
+        return JSONResponse(NO_FILE, status_code=error.status_code)
+    return await http_exception_handler(request, error)
 
 
 class Guard:

@@ -143,7 +143,8 @@ class Page:
         costs = [self.estimate, self.form.film]
         gr.on(changes, self._estimate, inputs, costs, trigger_mode="always_last", **IN_ORDER, **QUIET)
         self.form.timeline.typed(self._estimate, inputs, costs, trigger_mode="always_last", **IN_ORDER, **QUIET)
-        self.restore.upload(self._restore, self.restore, [self.restore, *inputs], **QUIET)
+        restored = self.restore.upload(self._restore, self.restore, [self.restore, *inputs], **QUIET)
+        restored.failure(lambda: None, None, self.restore, **QUIET)  # a wrong file makes room for the right one
         self.timer.tick(self._tick, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
         self.queue.halt(self._stop_this, [browser, self.job_id], overview, **QUIET)
@@ -151,7 +152,10 @@ class Page:
         self._then_follow(self.result.resume(self._resume, [browser], self.job_id, **QUIET))
         self._then_follow(self.result.compare(self._compare, [browser], self.job_id, **QUIET))
         self.gallery.reuse(self._reuse, [browser], inputs, **QUIET)
-        self.gallery.remove(self._delete, [browser, self.gallery_page], [self.gallery, self.gallery_page], **QUIET)
+        self.gallery.remove(
+            self._delete, [browser, self.gallery_page, self.job_id],
+            [self.gallery, self.gallery_page, self.job_id, self.video, self.board, self.result, self.idle], **QUIET,
+        )  # fmt: skip
         self.gallery.turn(self._turn, [browser], [self.gallery, self.gallery_page], **QUIET)
         page.unload(self._close)
 
@@ -264,13 +268,17 @@ class Page:
         page = int(event.id) if str(event.id).isdecimal() else 0
         return gallery.render(self.studio, self._owner(token, request), min(page, 10**6), self.root)
 
-    def _delete(self, token: str, page: int, event: gr.EventData, request: gr.Request) -> tuple[str, int]:
+    def _delete(self, token: str, page: int, watched: str, event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
+        """Delete a video; where it is on the stage, the stage is empty afterwards."""
         owner = self._owner(token, request)
         try:
             self.studio.delete(event.id, owner)
         except DualParalError as error:
             raise one_sentence(error) from None
-        return gallery.render(self.studio, owner, page, self.root)
+        stage: tuple[Any, ...] = (gr.skip(),) * 5
+        if event.id == watched:
+            stage = "", gr.update(value=None), "", "", gr.update(visible=True)
+        return *gallery.render(self.studio, owner, page, self.root), *stage
 
     def _reuse(self, token: str, event: gr.EventData, request: gr.Request) -> list[Any]:
         try:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from fastapi.exceptions import RequestValidationError
 from gradio.utils import get_upload_folder
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
@@ -39,7 +40,7 @@ from dualparal.paths import is_file, is_folder, not_empty
 from dualparal.planning.calibration import cache_folder
 from dualparal.planning.choose import choose_for_this_host
 from dualparal.presets import PACKAGE, Limits, Preset, load_presets
-from dualparal.ui.guard import unfit
+from dualparal.ui.guard import refused, unfit
 from dualparal.ui.http.bodies import MAX_UPLOAD_BYTES, Uploads
 from dualparal.ui.http.server import layers, own_server
 from dualparal.ui.http.sessions import MAX_SESSIONS, bound_memory
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 
 # One that runs and a few that wait: enough for a visitor, and thirty-two of them fill no queue alone.
 OF_A_SERVER = {"max_per_owner": 4, "auto_resume": True}
+IN_HEAD = ("storage", "keys")  # scripts that run before the page is there
 MAX_CALLS = 2048  # under way at once: who follows a job holds one of them, which is a place in a list and no thread
 WAITING_CALLS = 256  # Gradio's own queue only carries calls; jobs wait in the engine's
 TINY_PRESET = Preset(
@@ -230,10 +232,10 @@ def launch(
             strict_cors=True, enable_monitoring=False, state_session_capacity=MAX_SESSIONS, max_threads=MAX_CALLS,
             run_history=False, ssr_mode=False, share=False, pwa=False, footer_links=["api", "settings"], theme=theme(),
             css="".join((HERE / f"{name}.css").read_text(encoding="utf-8") for name in ("style", "timeline")),
-            head=f"<script>{(HERE / 'storage.js').read_text(encoding='utf-8')}</script>",
+            head="".join(f"<script>{(HERE / f'{name}.js').read_text(encoding='utf-8')}</script>" for name in IN_HEAD),
             app_kwargs={
                 "routes": health_routes(studio), "middleware": layers(sites or Sites.of(), uploads),
-                "exception_handlers": {RequestValidationError: unfit},
+                "exception_handlers": {RequestValidationError: unfit, HTTPException: refused},
             },
             favicon_path=str(HERE / "favicon.svg"),
         )  # fmt: skip

@@ -193,6 +193,7 @@ class Studio:
         if (job := self.engine.job(found.job_id)) is not None:
             job.release()  # a full disk has not taken its end: deleting it may be what makes room
         delete_job(found.folder)
+        self.engine.forget(found.job_id)  # else it would be found, and compared, for a while
         return found
 
     def owner_of(self, token: object, username: str | None = None) -> str:

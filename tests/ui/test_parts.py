@@ -85,6 +85,15 @@ def test_a_foreign_job_is_as_unknown_as_one_that_never_was(studio: Studio) -> No
 # Jobs of an earlier run
 
 
+def test_a_deleted_job_is_unknown_at_once(studio: Studio) -> None:
+    found = made(studio)
+    assert studio.engine.job(found.job_id) is not None and found.video is not None
+    studio.delete(found.job_id, "me")
+    for ask in (studio.find, studio.compare, studio.resume):
+        with pytest.raises(RequestError, match="there is no job"):
+            ask(found.job_id, "me")
+
+
 def test_a_finished_job_looks_the_same_from_disk(studio: Studio) -> None:
     live = made(studio)
     stored = snapshot.of_folder(live.folder)

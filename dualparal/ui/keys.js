@@ -1,0 +1,17 @@
+// What starts work starts it once: neither the second half of a double click nor a key that is held down starts it again.
+const STARTS = '#generate, #another, .example, [data-do=resume], [data-do=compare], [data-do=again]';
+document.addEventListener('click', (event) => {
+  if (event.detail < 2 || !event.target.closest(STARTS)) return;
+  event.stopImmediatePropagation();
+  event.preventDefault();
+}, true);
+// Ctrl+Enter in the prompt, or anywhere on the page, is Generate.
+document.addEventListener('keydown', (event) => {
+  if (event.key !== 'Enter') return;
+  const asks = event.ctrlKey || event.metaKey;
+  if (event.repeat && (asks || event.target.closest(STARTS))) { event.preventDefault(); event.stopImmediatePropagation(); return; }
+  if (!asks || event.target.closest('#steer-text')) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  document.querySelector('#generate')?.click();
+}, true);
