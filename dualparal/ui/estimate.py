@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dualparal.errors import DualParalError
 from dualparal.events import Finished, Progress
@@ -46,6 +46,14 @@ class Estimate:
     chosen: str = ""
 
 
+class _Costs(NamedTuple):
+    """Of the plan of a request, which takes long to make for a long film."""
+
+    work: float
+    first_share: float  # of the work, done when the first block is denoised
+    calibrated_s: float | None
+
+
 def num_blocks_of(request: Settings) -> int:
     """Blocks the completed request is cut into."""
     return plan_of(request).num_blocks
@@ -59,7 +67,7 @@ class Estimator:
         checkpoint = getattr(engine, "checkpoint", None)
         self._model = str(checkpoint.folder) if checkpoint else engine.preset.model
         self._pace: Pace | None = None
-        self._work: dict[str, tuple[float, float]] = {}  # of requests as JSON; and the first block's share of it
+        self._costs: dict[str, _Costs] = {}  # of requests as JSON
         self._learnt_at = -RELEARN_AFTER_S
 
     def estimate(self, request: Settings, *, wait_s: float | None = None) -> Estimate:
@@ -67,7 +75,7 @@ class Estimator:
         num_blocks = num_blocks_of(request)
         num_frames = request.num_frames
         plan = self._engine.plan(request, is_short=True)
-        self._work_of(request)
+        self._costs_of(request)
         return Estimate(
             num_frames=num_frames, seconds=num_frames / request.fps, num_blocks=num_blocks,
             num_items=num_blocks * request.num_inference_steps, time_s=self.time_s(request), wait_s=wait_s,
@@ -78,17 +86,16 @@ class Estimator:
         """Seconds that the request will run; None while nothing has been learnt or measured. Cheap the second time."""
         pace = self.pace()
         if pace is not None:
-            return pace.time_s(self._work_of(request)[0])
-        calibrated: float | None = self._engine.plan(request).total_s
-        return calibrated
+            return pace.time_s(self._costs_of(request).work)
+        return self._costs_of(request).calibrated_s
 
     def first_frames_in_s(self, request: Settings, progress: Progress) -> float | None:
         """Seconds until the first block of a job under way is denoised; None when it is, or nothing is known of the time."""
-        known = self._work.get(_key(request))  # planned when it was submitted; here the page's loop waits
+        known = self._costs.get(_key(request))  # planned when it was submitted; here the page's loop waits
         done = progress.items_done / max(1, progress.num_items)
-        if known is None or progress.eta_s is None or done >= known[1]:
+        if known is None or progress.eta_s is None or done >= known.first_share:
             return None
-        return progress.eta_s * (known[1] - done) / (1 - done)
+        return progress.eta_s * (known.first_share - done) / (1 - done)
 
     def pace(self) -> Pace | None:
         """What the last finished jobs of an engine like this one have taken; None before the first."""
@@ -97,14 +104,14 @@ class Estimator:
             self._pace = learn_pace(list(islice(self._made_jobs(), LEARN_FROM_JOBS)))
         return self._pace
 
-    def _work_of(self, request: Settings) -> tuple[float, float]:
+    def _costs_of(self, request: Settings) -> _Costs:
         key = _key(request)
-        if key not in self._work:
-            if len(self._work) >= KNOWN_REQUESTS:
-                self._work.clear()
+        if (known := self._costs.get(key)) is None:
+            if len(self._costs) >= KNOWN_REQUESTS:
+                self._costs.clear()
             plan = self._engine.plan(request)
-            self._work[key] = plan.work, plan.first_share
-        return self._work[key]
+            known = self._costs[key] = _Costs(plan.work, plan.first_share, plan.total_s)
+        return known
 
     def _made_jobs(self) -> Iterator[MadeJob]:
         for folder in islice(list_jobs(self._engine.outputs), LOOK_AT_FOLDERS):
@@ -126,7 +133,7 @@ class Estimator:
         if record.get("baseline") or any(record.get(name, here) != here for name, here in alike.items()):
             return None
         denoise_s = final.timings["denoise_s"]
-        work, _ = self._work_of(restore(record["request"]))
+        work = self._costs_of(restore(record["request"])).work
         return MadeJob(work=work, denoise_s=denoise_s, besides_s=history.worked_s - denoise_s)
 
 

@@ -50,7 +50,7 @@ def test_estimates_are_as_with_a_clock_that_goes_right(make: Make, jumping: None
         assert 0 <= once.view().history.worked_s < LONG_S
         studio = Studio(engine)
         pace = studio.estimator.pace()
-        assert pace is not None and 0 <= pace.time_s(studio.estimator._work_of(settings_of(engine))[0]) < LONG_S
+        assert pace is not None and 0 <= pace.time_s(studio.estimator._costs_of(settings_of(engine)).work) < LONG_S
         waiting_s = studio.starts_in_s()
         assert waiting_s is not None and 0 <= waiting_s < LONG_S
         estimate = studio.estimate(settings_of(engine))

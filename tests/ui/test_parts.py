@@ -429,6 +429,24 @@ def test_time_is_learnt_from_finished_jobs(make: Make, group_log: GroupLog) -> N
     assert half.time_s and half.time_s - pace.besides_s == pytest.approx((one.time_s - pace.besides_s) * 0.75, rel=0.02)
 
 
+def test_a_job_in_line_is_planned_once_however_often_its_wait_is_asked(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is learnt too: three hundred tabs ask, and the plan of a long film takes a good part of a second."""
+    planned: list[object] = []
+    plan = studio.engine.plan
+
+    def noting(request: Settings, *, is_short: bool = False) -> Any:
+        planned.append(request)
+        return plan(request, is_short=is_short)
+
+    monkeypatch.setattr(studio.engine, "plan", noting)
+    asked = complete(GenerationRequest(prompt="x", seconds=60), studio.engine.preset)
+    assert studio.estimator.pace() is None and studio.estimator.time_s(asked) is None
+    assert len(planned) == 1
+    for _ in range(5):
+        studio.estimator.time_s(asked.model_copy(update={"prompt": "y", "seed": 3}))
+    assert len(planned) == 1
+
+
 def test_the_learnt_time_is_that_of_the_video_made(studio: Studio) -> None:
     """Of a video like the one made it is the time that one took, neither twice nor half of it."""
     took = []
