@@ -29,8 +29,8 @@ SAVE_FILE = "also copy the finished video here (a folder: into it, under the job
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
-    """The flags of `generate`."""
-    add_request_flags(parser)
+    """The flags of one video."""
+    add_request_flags(parser, needs_prompt=False)  # `batch` has its prompts in a file
     add_engine_flags(parser)
     parser.add_argument("--save_file", type=not_empty, metavar="MP4", help=SAVE_FILE)
     parser.add_argument("--look", type=not_empty, metavar="WEBP", help=LOOK_HELP)
@@ -64,10 +64,10 @@ def run_generate(options: argparse.Namespace) -> int:
     settings = engine.resolve(request)
     print(f"job {job_id}", flush=True)
     if options.baseline:
-        with _sigterm_as_ctrl_c(), contextlib.closing(engine):  # whose own workers are not needed
+        with sigterm_as_ctrl_c(), contextlib.closing(engine):  # whose own workers are not needed
             job = engine.compare(settings, export_images=options.export_image, job_id=job_id)
             return finish_job(engine, job, options.save_file)
-    with _sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
+    with sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
         job = engine.submit(settings, export_images=options.export_image, job_id=job_id)
         return finish_job(engine, job, options.save_file, options.look)
 
@@ -86,7 +86,7 @@ def run_resume(options: argparse.Namespace) -> int:
     options.model_id = options.model_id or record.get("model")
     engine = make_engine(options, **recorded(record, given(EngineOptions, options)))
     print(f"job {folder.job_id}", flush=True)
-    with _sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
+    with sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
         return finish_job(engine, engine.resume(folder.job_id, anyway=options.anyway), options.save_file, options.look)
 
 
@@ -117,21 +117,22 @@ def finish_job(engine: Any, job: Any, save_file: Path | None, look: Path | None 
         if stop.path and save_file:
             copy_to(Path(stop.path), save_file)
         return STOPPED
-    return _show_result(result, job.request.seed, save_file)
+    print(kept(result, job.request.seed, save_file), flush=True)
+    return 0
 
 
-def _show_result(result: Any, seed: int | None, save_file: Path | None) -> int:
+def kept(result: Any, seed: int | None, save_file: Path | None) -> str:
+    """Copy a finished video to where it is wanted; a line about it."""
     path = Path(result.path)
     if save_file:
         copy_to(path, save_file)
         path = save_file
     times = ", ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in result.timings.items())
-    print(f"{path}: {result.num_frames} frames, seed {seed}; {times}", flush=True)
-    return 0
+    return f"{path}: {result.num_frames} frames, seed {seed}; {times}"
 
 
 @contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Any:
+def sigterm_as_ctrl_c() -> Any:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -16,7 +16,7 @@ from dualparal.streams import run_safely
 
 # By name: its line in the list, and the function that adds its flags.
 COMMANDS = {
-    "generate": ("make one video from a prompt", "generate:add_generate"),
+    "generate": ("make one video from a prompt, or those of a --batch", "batch:add_generate"),
     "plan": ("what a job needs and how long it takes, before any download", "plan:add_plan"),
     "resume": ("go on with a job that was interrupted, stopped or failed", "generate:add_resume"),
     "jobs": ("list the jobs of an outputs folder, newest first; stop or delete some", "jobs:add_jobs"),
