@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -148,6 +149,24 @@ def test_nobody_names_a_file_of_the_server(server: Server, value: Any) -> None:
     before = set(server.engine.outputs.iterdir())
     with pytest.raises(AppError, match="start_image: it has to be uploaded"):
         server.client.predict(prompt="a kite", start_image=value, api_name="/submit", **SHORT)
+    assert set(server.engine.outputs.iterdir()) == before
+
+
+@pytest.mark.parametrize("is_file_data", [True, False])
+def test_an_address_as_a_picture_is_not_fetched(server: Server, is_file_data: bool) -> None:
+    """Neither by the endpoint nor by Gradio, which fetches what says that it is a file."""
+    before = set(server.engine.outputs.iterdir())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        picture = {"path": address, "url": address, "meta": {"_type": "gradio.FileData" if is_file_data else ""}}
+        asked = {"prompt": "a kite", "start_image": picture, **SHORT}
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            made = client.post("gradio_api/call/v2/submit", json=asked)
+            answer = client.get(f"gradio_api/call/submit/{made.json()['event_id']}").text if made.is_success else "event: error"
+        assert "event: error" in answer
+        listener.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            listener.accept()
     assert set(server.engine.outputs.iterdir()) == before
 
 
