@@ -1,4 +1,4 @@
-"""The oldest client that is promised to work (docs/deployment.md), in an environment of its own; today's is the other tests'."""
+"""The oldest client promised to work (docs/deployment.md), in an environment of its own; today's is in the other tests."""
 
 from __future__ import annotations
 
