@@ -26,6 +26,7 @@ from dualparal.ui import serve
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSWORD, TOKEN, SECRET = "correct-horse-9431", "hf_NeverTellThisToAnybody", "battery-staple-2207"
+KEY = "sk-lama-crossing-7731"
 DEADLINE_S = 600.0  # a loaded machine starts workers in minutes
 TEAM = Team(rank=0, ranks=3, local_rank=0, local_ranks=1, master_addr="127.0.0.1", master_port=1, run_id="test")
 
@@ -60,7 +61,7 @@ def test_a_server_tells_nobody(tiny: Path, tmp_path: Path) -> None:
         sys.executable, "-u", "-m", "dualparal", "serve", "--preset", str(tiny), "--device", "cpu", "--threads", "1",
         "--outputs", str(outputs), "--auth", f"ada:{PASSWORD}", "--verbose", "--log-json",
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN, SECRET_VARIABLE: SECRET}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN, SECRET_VARIABLE: SECRET, "DUALPARAL_API_KEYS": KEY}
     answers: list[str] = []
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
@@ -71,6 +72,10 @@ def test_a_server_tells_nobody(tiny: Path, tmp_path: Path) -> None:
                 answers.append(httpx.post(f"{url}/login", data={"username": "ada", "password": password}, timeout=60).text)
             for path in ("/config", "/gradio_api/info", f"/gradio_api/file={tmp_path}/log", "/metrics", "/no/such/page"):
                 answers.append(httpx.get(url + path, timeout=60).text)
+            for key, code in ((KEY[:-1], 401), (KEY, 200)):
+                answer = httpx.get(f"{url}/v1/videos", headers={"Authorization": f"Bearer {key}"}, timeout=60)
+                assert answer.status_code == code
+                answers.append(answer.text)
             answers.append(httpx.post(f"{url}/gradio_api/run/predict", content=b"[" * 5000, timeout=60).text)
             worker = next(child for child in psutil.Process(server.pid).children() if "spawn_main" in " ".join(child.cmdline()))
             worker.kill()
@@ -83,7 +88,7 @@ def test_a_server_tells_nobody(tiny: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in written.splitlines() if line.startswith("{")]
     assert any("SIGKILL" in line["message"] and line["worker"] == "front end" for line in lines), written
     files = "".join(path.read_text(errors="replace") for path in outputs.rglob("*") if path.is_file())
-    for secret in (PASSWORD, TOKEN, SECRET):
+    for secret in (PASSWORD, TOKEN, SECRET, KEY):
         assert secret not in written and secret not in files
         assert all(secret not in answer for answer in answers)
 

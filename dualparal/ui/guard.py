@@ -14,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dualparal.ui.http.refusals import refusal_at
+
 log = logging.getLogger(__name__)
 UNREADABLE = (TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError, AssertionError, FnIndexInferError)
 
@@ -35,6 +37,10 @@ async def refused(request: Request, error: Exception) -> Response:
     return await http_exception_handler(request, error)
 
 
+class CutShort(Exception):
+    """What is being sent cannot be gone on with: the connection ends there, and whoever listens sees that some is missing."""
+
+
 class Guard:
     """ASGI middleware around the whole application."""
 
@@ -53,6 +59,8 @@ class Guard:
             await self._app(scope, receive, noting_send)
         except HTTPException:
             raise
+        except CutShort as error:
+            log.info("an answer to %r was cut short: %s", scope["path"][:100], error)
         except Exception as error:
             if scope["type"] != "http" or (has_begun and not isinstance(error.__cause__, HTTPException)):
                 raise
@@ -67,4 +75,4 @@ class Guard:
             log.info("a request to %r could not be read: %s", scope["path"][:100], name)
             return JSONResponse(UNFIT, status_code=400)
         log.error("a request to %r failed", scope["path"][:100], exc_info=error)
-        return JSONResponse({"detail": "something went wrong inside the server; its log has the details"}, status_code=500)
+        return refusal_at(scope["path"], 500, "something went wrong inside the server; its log has the details")

@@ -48,6 +48,8 @@ from dualparal.ui.http.sites import Sites
 from dualparal.ui.http.surroundings import PORT, host_of, is_port, private_folder, root_of, set_aside
 from dualparal.ui.page import HERE, Page, theme
 from dualparal.ui.studio import Studio
+from dualparal.ui.v1.keys import VARIABLE, Access, read_keys
+from dualparal.ui.v1.routes import mount
 from dualparal.ui.visitors import MAX_JOBS
 
 if TYPE_CHECKING:
@@ -77,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
     page("--host", type=not_empty, help="address to listen on (default: GRADIO_SERVER_NAME or 127.0.0.1)")
     page("--port", type=_port, metavar="N", help="port (default: GRADIO_SERVER_PORT or the first free one from 7860)")
     page("--auth", metavar="USER:PASSWORD", help="ask for this login; several with commas")
+    page(
+        "--api_key", action="append", type=not_empty, metavar="KEY", default=[],
+        help=f"let nobody call /v1 without this bearer token, whose owner it makes of its own; repeatable, @FILE: a key a line "
+        f"(also from {VARIABLE})",
+    )  # fmt: skip
     page("--root_path", help="path behind a proxy, such as /studio")
     page(
         "--allowed_hosts",
@@ -120,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (named := os.environ.get(PORT)) and not is_port(named):
             raise RequestError(f"{PORT}={named!r} is no port; use 1 to 65535", "port")
         sites, login, presets = sites_of(arguments), logins(arguments.auth), load_presets(arguments.presets_folder)
+        keys = read_keys(arguments.api_key, os.environ.get(VARIABLE))
         engine = open_engine(arguments)
     except (DualParalError, OSError) as error:
         set_up_logs(
@@ -142,7 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 operator_key=os.environ.get("DUALPARAL_OPERATOR_KEY", ""),
             )  # fmt: skip
             page = launch(
-                studio, host=arguments.host, port=arguments.port, auth=login, root_path=arguments.root_path, sites=sites
+                studio,
+                host=arguments.host,
+                port=arguments.port,
+                auth=login,
+                root_path=arguments.root_path,
+                sites=sites,
+                keys=keys,
             )
             stopped.wait()
             page.close(verbose=False)
@@ -204,7 +218,7 @@ def default_model() -> tuple[str, Preset | None]:
 
 def launch(
     studio: Studio, *, host: str | None = None, port: int | None = None, auth: list[tuple[str, str]] | None = None,
-    root_path: str | None = None, quiet: bool = False, sites: Sites | None = None,
+    root_path: str | None = None, quiet: bool = False, sites: Sites | None = None, keys: tuple[str, ...] = (),
 ) -> gr.Blocks:  # fmt: skip
     """Open the page for `studio` in background threads and return it; `.local_url` is its address, `.close()` ends it."""
     outputs = outputs_folder(studio.outputs)
@@ -234,7 +248,8 @@ def launch(
             css="".join((HERE / f"{name}.css").read_text(encoding="utf-8") for name in ("style", "timeline")),
             head="".join(f"<script>{(HERE / f'{name}.js').read_text(encoding='utf-8')}</script>" for name in IN_HEAD),
             app_kwargs={
-                "routes": health_routes(studio), "middleware": layers(sites or Sites.of(), uploads),
+                "routes": [*health_routes(studio), mount(Access(studio, keys), root)],
+                "middleware": layers(sites or Sites.of(), uploads),
                 "exception_handlers": {RequestValidationError: unfit, HTTPException: refused},
             },
             favicon_path=str(HERE / "favicon.svg"),

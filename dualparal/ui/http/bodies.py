@@ -14,14 +14,19 @@ import time
 from pathlib import Path
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dualparal.media.picture import MAX_BYTES
+from dualparal.ui.http.refusals import refusal_at
 
 log = logging.getLogger(__name__)
 MAX_CALL_BYTES = 64_000  # of a call's body
 MAX_UPLOAD_BYTES = 500 * 10**6  # of one upload
 BODY_TIMEOUT_S = 30.0  # of a call's whole body, and of every piece of an upload
+UPLOAD_TIMEOUT_S = 3600.0  # of a whole upload
+FORM_TIMEOUT_S = 300.0  # of a form with a picture
 UPLOAD_KEPT_S = 86_400.0
+MAX_PICTURE_BYTES = MAX_BYTES + MAX_CALL_BYTES  # of a form with a picture
 
 
 class _Refused(Exception):
@@ -47,21 +52,22 @@ class BodiesMiddleware:
             has_begun = True
             await send(message)
 
-        is_upload = scope["path"].endswith("/upload")
+        headers = Headers(scope=scope)
+        most = _most_of_upload(scope, headers)
         try:
-            length = _announced(Headers(scope=scope))
-            if is_upload:
-                room = MAX_UPLOAD_BYTES if self._uploads is None else self._uploads.room()
-                _check(length, min(MAX_UPLOAD_BYTES, room))
-                receive = self._counted(receive, min(MAX_UPLOAD_BYTES, room))
+            length = _announced(headers)
+            if most is not None:
+                most = most if self._uploads is None else min(most, self._uploads.room())
+                _check(length, most)
+                receive = self._counted(receive, most, UPLOAD_TIMEOUT_S if _is_upload(scope) else FORM_TIMEOUT_S)
             elif length != 0:
                 _check(length, MAX_CALL_BYTES)
                 receive = _replay(await self._whole(receive), receive)
             await self._app(scope, receive, noting_send)
         except _Refused as refused:
             if not has_begun:
-                headers = {"Connection": "close"}  # the rest of the body is not read
-                await JSONResponse({"detail": str(refused)}, status_code=refused.status, headers=headers)(scope, receive, send)
+                close = {"Connection": "close"}  # the rest of the body is not read
+                await refusal_at(scope["path"], refused.status, str(refused), close)(scope, receive, send)
 
     async def _whole(self, receive: Receive) -> list[Message]:
         """The messages of a body within its limit and time."""
@@ -73,12 +79,15 @@ class BodiesMiddleware:
             _check(num_bytes, MAX_CALL_BYTES)
         return messages
 
-    def _counted(self, receive: Receive, limit: int) -> Receive:
-        num_bytes = 0
+    def _counted(self, receive: Receive, limit: int, timeout_s: float) -> Receive:
+        num_bytes, until_s, is_whole = 0, time.monotonic() + timeout_s, False
 
         async def counted() -> Message:
-            nonlocal num_bytes
-            message = await _in_time(receive, self._timeout_s)
+            nonlocal num_bytes, is_whole
+            if is_whole:  # what comes after the body is that somebody hangs up, whenever that is
+                return await receive()
+            message = await _in_time(receive, min(self._timeout_s, until_s - time.monotonic()))
+            is_whole = not message.get("more_body")
             num_bytes += len(message.get("body", b""))
             _check(num_bytes, limit)
             return message
@@ -107,6 +116,18 @@ class Uploads:
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+def _is_upload(scope: Scope) -> bool:
+    return bool(scope["path"].endswith("/upload"))
+
+
+def _most_of_upload(scope: Scope, headers: Headers) -> int | None:
+    """Bytes that a body may have which goes to the disk; None for one that does not."""
+    if _is_upload(scope):
+        return MAX_UPLOAD_BYTES
+    is_form = headers.get("content-type", "").lower().startswith("multipart/")
+    return MAX_PICTURE_BYTES if is_form and scope["method"] == "POST" and scope["path"] == "/v1/videos" else None
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:

@@ -77,6 +77,21 @@ def _keys(address: str, user: str) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("address", address), ("user", user[:200])
 
 
+def asks_for_login(scope: Scope) -> bool:
+    """Whether this server was started with `--auth`."""
+    return getattr(scope["app"], "auth", None) is not None
+
+
+def logged_in(scope: Scope) -> str | None:
+    """The name that the request's cookie was given to at a login; None without one."""
+    app: Any = scope["app"]
+    if getattr(app, "auth", None) is None:
+        return None
+    cookies = HTTPConnection(scope).cookies
+    names = (app.tokens.get(cookies.get(f"access-token{kind}-{app.cookie_id}")) for kind in ("", "-unsecure"))
+    return next((str(name) for name in names if name is not None), None)
+
+
 class LoginsMiddleware:
     """ASGI middleware around Gradio's routes and its `/login`. Wants the body in one message (`BodiesMiddleware`)."""
 
@@ -92,11 +107,7 @@ class LoginsMiddleware:
             await self._app(scope, receive, send)
 
     def _may_enter(self, scope: Scope) -> bool:
-        app: Any = scope["app"]
-        if getattr(app, "auth", None) is None or scope["path"].endswith("/startup-events"):
-            return True
-        cookies = HTTPConnection(scope).cookies
-        return any(cookies.get(f"access-token{kind}-{app.cookie_id}") in app.tokens for kind in ("", "-unsecure"))
+        return not asks_for_login(scope) or scope["path"].endswith("/startup-events") or logged_in(scope) is not None
 
     async def _log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = b""

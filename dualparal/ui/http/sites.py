@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dualparal.errors import RequestError
+from dualparal.ui.http.refusals import refusal_at
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 SPACES_FRAMES = ("https://huggingface.co", "https://*.huggingface.co", "https://*.hf.space")
@@ -141,7 +142,7 @@ class SitesMiddleware:
             await send(message)
 
         if refusal is not None:
-            await JSONResponse({"detail": refusal}, status_code=403)(scope, receive, marking_send)
+            await refusal_at(scope["path"], 403, refusal)(scope, receive, marking_send)
             return
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await Response(status_code=204, headers=_preflight(headers))(scope, receive, marking_send)

@@ -1,0 +1,175 @@
+"""The body of `POST /v1/videos`, JSON or a form with a picture, as the fields of a request.
+
+OpenAI's names are `model`, `prompt`, `seconds`, `size` ("832x480") and `input_reference`; `preset` and all fields of
+`GenerationRequest` may stand beside them. What they may be, the request says. A picture is put among the page's uploads, and is
+gone once the job has taken it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+import re
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from anyio import to_thread
+from gradio.utils import get_upload_folder
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from dualparal.request import GenerationRequest, shown
+from dualparal.ui.api import FILES
+from dualparal.ui.http.bodies import MAX_CALL_BYTES
+from dualparal.ui.http.refusals import RETRY_S, Refusal
+
+PICTURE = "input_reference"
+SIZE = re.compile(r"([0-9]{1,5})\s?[x×]\s?([0-9]{1,5})")
+DATA = re.compile(r"data:image/[a-z.+-]{1,20};base64,(.*)", re.DOTALL)
+MAX_FIELDS = 64
+MAX_AT_ONCE = 16  # forms that are being sent: each may hold a picture
+# In a form all values are texts; these are lists.
+LISTS = tuple(
+    name
+    for name, info in GenerationRequest.model_fields.items()
+    if any(get_origin(kind) in (tuple, list) for kind in (info.annotation, *get_args(info.annotation)))
+)
+_num_forms = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a body asks for: `fields` of a request, the `preset` or model that it names."""
+
+    fields: Mapping[str, Any]
+    preset: Any = None
+    model: Any = None
+    folder: Path | None = field(default=None, repr=False)  # of its picture
+
+    def of_preset(self, name: Any) -> Asked:
+        """The same of the preset called `name`."""
+        return replace(self, preset=name, model=None)
+
+
+@contextlib.asynccontextmanager
+async def asked(request: Request) -> AsyncIterator[Asked]:
+    """The body, read; afterwards its picture is gone. Raises `Refusal`."""
+    global _num_forms
+    is_form = request.headers.get("content-type", "").lower().startswith("multipart/")
+    if is_form and _num_forms >= MAX_AT_ONCE:
+        raise Refusal(503, "many pictures are being sent here now; try again", "busy", headers={"Retry-After": RETRY_S})
+    _num_forms += is_form
+    found = None
+    try:
+        values = await _form(request) if is_form else _json(await request.body())
+        found = await to_thread.run_sync(_asked, values)
+        yield found
+    finally:
+        _num_forms -= is_form
+        if is_form:
+            await request.close()
+        if found is not None and (folder := found.folder) is not None:
+            await to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refusal(400, 'the body is not JSON; send an object such as {"prompt": "a kite"}', "invalid_json") from None
+    if not isinstance(values, dict):
+        raise Refusal(400, f'the body is {shown(values)} and no object; send {{"prompt": "a kite"}}', "invalid_json")
+    return values
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    try:
+        form: FormData = await request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_CALL_BYTES)
+    except HTTPException as error:
+        raise Refusal(400, f"the form cannot be read: {error.detail}", "invalid_form") from None
+    values: dict[str, Any] = {}
+    num_chars = 0
+    for name, value in form.multi_items():
+        if name in values:
+            raise Refusal(400, f"{shown(name)} is there twice; give it once", "invalid_form", param=name[:60])
+        num_chars += len(name) + len(value if isinstance(value, str) else "")
+        if num_chars > MAX_CALL_BYTES:
+            raise Refusal(413, f"the form has more than the {MAX_CALL_BYTES:,} characters it may have", "too_large")
+        if isinstance(value, UploadFile):
+            if name != PICTURE:
+                raise Refusal(
+                    400, f"{shown(name)} is a file; the only one there may be is {PICTURE}", "invalid_form", param=PICTURE
+                )
+            values[name] = value
+        else:
+            values[name] = _json_or_text(value) if name in LISTS else value
+    return values
+
+
+def _json_or_text(text: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return text
+
+
+def _asked(values: dict[str, Any]) -> Asked:
+    """`values` in the request's own words; their picture on the disk."""
+    for name in FILES:
+        if name in values:
+            raise Refusal(400, f"{name} is called {PICTURE} here", "invalid_value", param=name)
+    size, picture = values.pop("size", None), values.pop(PICTURE, None)
+    preset, model = values.pop("preset", None), values.pop("model", None)
+    if size is not None:
+        values |= _sizes(size, values)
+    folder = None
+    if picture is not None:
+        folder = _kept(picture)
+        values[FILES[0]] = {"path": str(folder / "picture")}
+    return Asked(fields=values, preset=preset, model=model, folder=folder)
+
+
+def _sizes(size: Any, values: Mapping[str, Any]) -> dict[str, int]:
+    match = SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if match is None:
+        raise Refusal(
+            400, f"size={shown(size)} is none; write width x height in pixels, as 832x480", "invalid_value", param="size"
+        )
+    if "width" in values or "height" in values:
+        raise Refusal(400, "size and width or height both give the size; give one of them", "invalid_value", param="size")
+    return {"width": int(match[1]), "height": int(match[2])}
+
+
+def _kept(picture: Any) -> Path:
+    """A folder among the uploads with the picture: of a form's file, or of the text in JSON. Raises `Refusal`."""
+    data = None if isinstance(picture, UploadFile) else _decoded(picture)
+    folder = Path(get_upload_folder()) / f"v1-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+        with open(folder / "picture", "xb") as opened:
+            if data is None:
+                shutil.copyfileobj(picture.file, opened)
+            else:
+                opened.write(data)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise Refusal(503, f"the picture could not be stored: {error.strerror}", "no_storage", param=PICTURE) from None
+    return folder
+
+
+def _decoded(picture: Any) -> bytes:
+    text = picture.get("image_url") if isinstance(picture, dict) else picture
+    match = DATA.fullmatch(text) if isinstance(text, str) else None
+    with contextlib.suppress(binascii.Error, ValueError):
+        if match is not None:
+            return base64.b64decode(match[1], validate=True)
+    raise Refusal(
+        400, f"{PICTURE}: send the picture as a form's file, or as image_url a data:image/png;base64,... text; this server "
+        "fetches no address and keeps no files", "invalid_value", param=PICTURE,
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""The lines of docs/videos_api.md, run by bash and Python against a page over fake workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dualparal.media.metadata import describe
+from tests.page_server import GRADIO_WARNINGS, Server
+from tests.ui.v1.test_videos import ANN, raw, until
+
+pytestmark = GRADIO_WARNINGS
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "videos_api.md").read_text(encoding="utf-8")
+CURL = [block for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) if "curl" in block]
+PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("v1"), item_s=0.001, keys=(ANN,))
+    yield made
+    made.close()
+
+
+def test_the_curl_lines(server: Server, tmp_path: Path) -> None:
+    assert len(CURL) == 4
+    Image.new("RGB", (96, 96), (200, 30, 30)).save(tmp_path / "first.png")
+    waits = (
+        'until curl -s $STUDIO/v1/videos/$VIDEO -H "Authorization: Bearer $KEY" | grep -q \'"completed"\'; do sleep 0.2; done\n'
+    )
+    script = "set -euo pipefail\n" + CURL[0] + waits + "".join(CURL[1:])
+    environment = {**os.environ, "STUDIO": server.url.rstrip("/"), "KEY": ANN}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert describe(tmp_path / "video.mp4")["num_frames"] == 65
+    assert (tmp_path / "so_far.ts").stat().st_size > 1000 and Image.open(tmp_path / "first.jpg").size == (96, 96)
+    told = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines()]
+    assert told[-1]["deleted"] and told[-2]["status"] == "completed"
+    assert [one["settings"]["start_image"] is not None for one in told if "start_image" in one.get("settings", {})] == [True]
+
+
+def test_the_python_lines(server: Server, tmp_path: Path) -> None:
+    environment = {**os.environ, "OPENAI_BASE_URL": f"{server.url}v1", "OPENAI_API_KEY": ANN}
+    for block in PYTHON:
+        done = subprocess.run(
+            [sys.executable, "-c", block],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "completed 65\n"
+    assert describe(tmp_path / "circle.mp4")["num_frames"] == 65
+
+
+def test_the_names_that_it_tells(server: Server) -> None:
+    with raw(server) as client:
+        video_id = client.post("/videos", json={"prompt": "a kite", "seconds": 1}).json()["id"]
+        found = until(client, video_id, lambda found: found["status"] == "completed")
+    text = PAGE.partition("## A video object")[2].partition("## Refusals")[0]
+    names = set(re.findall(r"`(\w+)`", text)) - {
+        "queued",
+        "in_progress",
+        "completed",
+        "failed",
+        "cancelled",
+        "interrupted",
+        "url",
+    }
+    assert names <= set(found), names - set(found)
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in (Path(__file__).resolve().parents[3] / "dualparal/ui").rglob("*.py")
+    )
+    for code in re.findall(r"`([a-z_]+)`", PAGE.partition("## Refusals")[2]):
+        assert f'"{code}"' in source, code
