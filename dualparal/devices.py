@@ -8,6 +8,9 @@ from dualparal.errors import RequestError
 from dualparal.gpus import visible_gpus
 from dualparal.limits import usable_bytes
 
+KEPT_SHARE = 0.03  # of a card's memory
+BFLOAT16_SINCE = (8, 0)
+
 
 def count_gpus() -> int:
     """CUDA devices that this process may use."""
@@ -49,13 +52,28 @@ def place_hosts(device: str, ranks: int, local_ranks: int) -> tuple[tuple[str, .
 
 
 def bytes_per_device(device: str) -> int | None:
-    """Memory that one device has: "cpu" the host's (or this container's limit), else the smallest visible card's (or slice's).
+    """Memory that one device has: "cpu" the host's (or this container's limit), else what the smallest visible card (or slice)
+    can give, without the driver's own and `KEPT_SHARE` of it, which is never all in one piece.
 
     None when there is no such device or its memory is not known.
     """
     if device == "cpu":
         return usable_bytes()
-    return min(visible_gpus(), default=None)
+    smallest = min((gpu.num_bytes for gpu in visible_gpus()), default=None)
+    return None if smallest is None else int(smallest * (1 - KEPT_SHARE))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises `RequestError` for bfloat16 where a visible card has no arithmetic for it: attention would fall back to a form
+    whose scores fill the memory."""
+    lowest = min((gpu.capability for gpu in visible_gpus() if gpu.capability is not None), default=BFLOAT16_SINCE)
+    if dtype == "bfloat16" and lowest < BFLOAT16_SINCE:
+        what = "a GPU of compute capability {}.{}".format(*lowest)
+        raise RequestError(
+            f"dtype=bfloat16 needs GPUs of compute capability 8.0 or more (Ampere and later), and there is {what}; "
+            "use dtype=float16, or leave that GPU out with CUDA_VISIBLE_DEVICES",
+            "dtype",
+        )
 
 
 def use_pci_order() -> None:

@@ -14,35 +14,41 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 WSL_PROGRAM = "/usr/lib/wsl/lib/nvidia-smi"  # not always on the PATH there
 DRIVER = "libcuda.so.1"
 TIMEOUT_S = 30
-CARD = "--query-gpu=index,uuid,mig.mode.current,memory.total"
+CARD = "--query-gpu=index,uuid,mig.mode.current,memory.total,memory.reserved,compute_cap"
 ASK_DRIVER = """
 import ctypes, sys
 cuda, count, size = ctypes.CDLL(sys.argv[1]), ctypes.c_int(), ctypes.c_size_t()
+def capability(device, number=ctypes.c_int()):
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        yield str(number.value)
 if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0:
     for device in range(count.value):
         cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
-        print(size.value)
+        print(size.value, ".".join(capability(device)))
 """
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card or a MIG slice. `num_bytes` of memory; `is_divided`: only its `slices` can be used."""
+    """A card or a MIG slice. `num_bytes` of memory without what the driver keeps for itself; `capability`: what CUDA calls its
+    compute capability, None where nobody tells; `is_divided`: only its `slices` can be used."""
 
     uuid: str
     num_bytes: int
+    capability: tuple[int, int] | None = None
     is_divided: bool = False
     slices: tuple[Gpu, ...] = ()
 
 
-def visible_gpus() -> tuple[int, ...]:
-    """Bytes of each device that CUDA would show, in its order; () without any."""
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The devices that CUDA would show, in its order; () without any."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None and not named.strip():
         return ()
@@ -50,7 +56,7 @@ def visible_gpus() -> tuple[int, ...]:
     try:
         if program is not None:
             cards = _listed(program, Path(program).stat().st_mtime_ns)
-            return tuple(gpu.num_bytes for gpu in choose(cards, named))
+            return tuple(choose(cards, named))
     except (OSError, subprocess.SubprocessError, ValueError):
         pass  # it does not answer: perhaps the driver itself does
     return _from_driver(named, DRIVER)
@@ -95,10 +101,19 @@ def _listed(program: str, changed_ns: int) -> tuple[Gpu, ...]:
     """What `nvidia-smi` lists; asked once, as it takes up to seconds. Raises OSError, SubprocessError or ValueError."""
     rows = [[cell.strip() for cell in row.split(",")] for row in _ask(program, CARD, "--format=csv,noheader,nounits")]
     slices = _slices(_ask(program, "-L")) if any(row[2:3] == ["Enabled"] for row in rows) else {}
-    return tuple(
-        Gpu(uuid, int(mib) * 2**20 if mib.isdigit() else _host_bytes(), mig == "Enabled", tuple(slices.get(uuid, ())))
-        for _, uuid, mig, mib in rows
-    )
+    cards = []
+    for _, uuid, mig, total, reserved, version in rows:
+        mib = int(total) - int(reserved if reserved.isdigit() else 0) if total.isdigit() else None
+        capability = _capability(version)
+        parts = tuple(replace(part, capability=capability) for part in slices.get(uuid, ()))
+        num_bytes = _host_bytes() if mib is None else mib * 2**20
+        cards.append(Gpu(uuid, num_bytes, capability, mig == "Enabled", parts))
+    return tuple(cards)
+
+
+def _capability(version: str) -> tuple[int, int] | None:
+    found = re.fullmatch(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _host_bytes() -> int:
@@ -119,7 +134,7 @@ def _slices(lines: Sequence[str]) -> dict[str, list[Gpu]]:
 
 
 @functools.lru_cache(maxsize=4)
-def _from_driver(named: str | None, library: str) -> tuple[int, ...]:
+def _from_driver(named: str | None, library: str) -> tuple[Gpu, ...]:
     """What the driver's library shows to a new process with this one's CUDA_VISIBLE_DEVICES, which is `named`."""
     import ctypes
 
@@ -129,7 +144,8 @@ def _from_driver(named: str | None, library: str) -> tuple[int, ...]:
         return ()
     try:
         lines = _ask(sys.executable, "-I", "-c", ASK_DRIVER, library)
-        return tuple(int(line) for line in lines)
+        told = [line.split() for line in lines]
+        return tuple(Gpu(str(index), int(size), _capability(version)) for index, (size, version) in enumerate(told))
     except (OSError, subprocess.SubprocessError, ValueError):
         return ()
 

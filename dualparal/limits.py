@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path("/")
 # Idle threads sleep instead of spinning, in the words of every OpenMP library that torch may have been built with.
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING"}
 
 
 def wait_passively(environment: MutableMapping[str, str] | None = None) -> None:
@@ -25,6 +26,16 @@ def wait_passively(environment: MutableMapping[str, str] | None = None) -> None:
     environment = os.environ if environment is None else environment
     if not environment.keys() & {*PASSIVE_WAITING, "KMP_LIBRARY"}:
         environment.update(PASSIVE_WAITING)
+
+
+def grow_in_place(environment: MutableMapping[str, str] | None = None) -> None:
+    """Let torch's allocator enlarge its pieces of a card's memory, unless the user has set it up: windows and texts of many
+    sizes leave holes otherwise that nothing fits into. Before torch is loaded, in `environment` (default: this process's).
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf
+    """
+    environment = os.environ if environment is None else environment
+    if not environment.keys() & ALLOCATOR:
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def default_threads(ranks: int, root: Path = ROOT) -> int:

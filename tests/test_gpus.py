@@ -13,8 +13,8 @@ from dualparal.errors import RequestError
 
 MIB = 2**20
 A, B, C = "GPU-aaaa1111-0000", "GPU-aaaa2222-0000", "GPU-cccc3333-0000"
-THREE = f"0, {A}, [N/A], 81559\n1, {B}, Disabled, 24564\n2, {C}, Disabled, 40960\n"
-MIG = f"0, {A}, Enabled, 81559\n"
+THREE = f"0, {A}, [N/A], 82182, 623, 9.0\n1, {B}, Disabled, 24564, [N/A], 8.9\n2, {C}, Disabled, 41500, 540, 8.0\n"
+MIG = f"0, {A}, Enabled, 81559, 0, 9.0\n"
 MIG_LIST = (
     f"GPU 0: NVIDIA H100 80GB HBM3 (UUID: {A})\n"
     "  MIG 1g.10gb     Device  0: (UUID: MIG-1111aaaa-1)\n"
@@ -76,9 +76,9 @@ def test_cuda_visible_devices(smi: Path, monkeypatch: pytest.MonkeyPatch, named:
     write(smi, THREE)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert [size // MIB for size in gpus.visible_gpus()] == mib
+    assert [gpu.num_bytes // MIB for gpu in gpus.visible_gpus()] == mib
     assert devices.count_gpus() == len(mib)
-    assert devices.bytes_per_device("cuda") == min((size * MIB for size in mib), default=None)
+    assert devices.bytes_per_device("cuda") == (int(min(mib) * MIB * 0.97) if mib else None)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,13 @@ def test_a_slice_has_its_own_memory(
     write(smi, MIG, MIG_LIST)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert [size // 10**9 for size in gpus.visible_gpus()] == gigabytes
+    assert [gpu.num_bytes // 10**9 for gpu in gpus.visible_gpus()] == gigabytes
+    assert all(gpu.capability == (9, 0) for gpu in gpus.visible_gpus())
 
 
 def test_whole_cards_beside_a_divided_one_and_a_divided_one_without_slices(smi: Path) -> None:
-    write(smi, f"{MIG}1, {B}, Disabled, 24564\n", MIG_LIST)
-    assert gpus.visible_gpus() == (24564 * MIB,)
+    write(smi, f"{MIG}1, {B}, Disabled, 24564, 0, 8.9\n", MIG_LIST)
+    assert [gpu.num_bytes for gpu in gpus.visible_gpus()] == [24564 * MIB]
     assert gpus.choose([gpus.Gpu(A, 80, is_divided=True)], None) == []
 
 
@@ -126,8 +127,9 @@ def test_a_program_that_fails_or_talks_nonsense_counts_as_none(smi: Path) -> Non
     assert gpus.visible_gpus() == ()
     write(smi, "No devices were found\n")
     assert gpus.visible_gpus() == ()
-    write(smi, "0, GPU-x, [N/A], [N/A]\n")  # it shares the host's memory
-    assert len(gpus.visible_gpus()) == 1 and gpus.visible_gpus()[0] > 2**28
+    write(smi, "0, GPU-x, [N/A], [N/A], [N/A], [N/A]\n")  # it shares the host's memory
+    (found,) = gpus.visible_gpus()
+    assert found.num_bytes > 2**28 and found.capability is None
 
 
 def test_wsl_keeps_its_program_aside(smi: Path) -> None:
@@ -144,14 +146,28 @@ def test_without_the_program_the_driver_is_asked(smi: Path, tmp_path: Path, monk
         'int cuInit(unsigned flags) { return getenv("NO_CUDA") != 0; }\n'
         'int cuDeviceGetCount(int *n) { const char *v = getenv("CUDA_VISIBLE_DEVICES"); *n = v ? strlen(v) : 2; return 0; }\n'
         "int cuDeviceTotalMem_v2(size_t *size, int n) { *size = 1000 + n; return 0; }\n"
+        "int cuDeviceGetAttribute(int *value, int what, int n) { *value = what == 75 ? 7 : 5; return 0; }\n"
     )
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     monkeypatch.setenv("PATH", str(smi))
     monkeypatch.setattr(gpus, "DRIVER", str(library))
-    assert gpus.visible_gpus() == (1000, 1001)
+    assert [(gpu.num_bytes, gpu.capability) for gpu in gpus.visible_gpus()] == [(1000, (7, 5)), (1001, (7, 5))]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "abc")
-    assert gpus.visible_gpus() == (1000, 1001, 1002)
+    assert [gpu.num_bytes for gpu in gpus.visible_gpus()] == [1000, 1001, 1002]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "NoDevFiles1")
     monkeypatch.setenv("NO_CUDA", "1")
     assert gpus.visible_gpus() == ()
+
+
+def test_bfloat16_wants_cards_that_have_it(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(smi, f"{THREE}3, GPU-dddd, [N/A], 16384, 400, 7.5\n")
+    for dtype in ("float16", "float32"):
+        devices.check_dtype(dtype)
+    with pytest.raises(RequestError, match=r"needs .* 8\.0 .* there is a GPU of compute capability 7\.5; use"):
+        devices.check_dtype("bfloat16")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    devices.check_dtype("bfloat16")
+    write(smi, "0, GPU-x, [N/A], 16384, [N/A], [N/A]\n")  # nobody knows: CUDA will say
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    devices.check_dtype("bfloat16")

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from dualparal.limits import PASSIVE_WAITING, default_threads, usable_bytes, usable_cpus, wait_passively
+from dualparal.limits import (
+    ALLOCATOR,
+    PASSIVE_WAITING,
+    default_threads,
+    grow_in_place,
+    usable_bytes,
+    usable_cpus,
+    wait_passively,
+)
 
 V1 = "6:cpu,cpuacct:{path}\n5:memory:{path}\n"
 V1_MOUNTS = (
@@ -133,8 +141,19 @@ def test_waiting_is_passive_unless_the_user_says_how(own: dict[str, str]) -> Non
     assert environment == (own or PASSIVE_WAITING)
 
 
-def test_workers_wait_passively_before_torch_is_loaded() -> None:
-    """Torch's threads read the environment once, when they are loaded."""
+@pytest.mark.parametrize("name", sorted(ALLOCATOR))
+def test_the_allocator_grows_in_place_unless_the_user_has_set_it_up(name: str) -> None:
+    own = {name: "backend:cudaMallocAsync"}
+    untouched = dict(own)
+    grow_in_place(own)
+    assert own == untouched
+    environment: dict[str, str] = {}
+    grow_in_place(environment)
+    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def test_workers_set_up_waiting_and_allocator_before_torch_is_loaded() -> None:
+    """Torch reads the environment once, when it is loaded."""
     script = (
         "import os, sys\n"
         "from types import SimpleNamespace\n"
@@ -142,13 +161,13 @@ def test_workers_wait_passively_before_torch_is_loaded() -> None:
         "class Probe:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch':\n"
-        "            print(os.environ.get('OMP_WAIT_POLICY')); os._exit(0)\n"
+        "            print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('PYTORCH_ALLOC_CONF'), flush=True); os._exit(0)\n"
         "sys.meta_path.insert(0, Probe())\n"
         "options = SimpleNamespace(engine=SimpleNamespace(compile=False))\n"
         "getattr(spawn, sys.argv[1])(*[None] * int(sys.argv[2]), options)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in PASSIVE_WAITING}
+    environment = {name: value for name, value in os.environ.items() if name not in {*PASSIVE_WAITING, *ALLOCATOR}}
     for entry, arguments in (("_run_rank", "2"), ("_run_codec", "1"), ("_run_baseline", "1")):
         command = [sys.executable, "-c", script, entry, arguments]
         done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.stdout == "PASSIVE\n", done.stderr
+        assert done.stdout == "PASSIVE expandable_segments:True\n", done.stderr

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dualparal.devices import bytes_per_device, is_on_gpu, place, place_hosts
+from dualparal.devices import bytes_per_device, check_dtype, is_on_gpu, place, place_hosts
 from dualparal.hosts.torchrun import Team, settle_ranks
 from dualparal.limits import default_threads
 from dualparal.media.ffmpeg import check_ffmpeg
@@ -76,6 +76,8 @@ class EngineSetup:
             threads=asked.threads or default_threads(local_ranks * asked.replicas),
         )  # fmt: skip
         check_loras(loras, self.num_experts, transformer_shapes(self.checkpoint.config("transformer")))
+        if on_gpu:
+            check_dtype(str(settled.dtype))
         self.files = fingerprints(self.checkpoint, loras)  # now, as they are about to be loaded
         self.sizes = sizes_of(self.checkpoint)
         self.placement = Placement.of(

@@ -55,11 +55,13 @@ def load_transformer_share(
     device: torch.device,
     loras: Sequence[Lora] = (),
     quantization: str | None = None,
+    is_pinned: bool = False,
 ) -> WanTransformer3DModel:
     """A WanTransformer3DModel that holds `layers` only (the others are empty `nn.Identity`s without parameters).
 
     The patch and condition embedding are there iff `layers` starts at 0, the output head iff it ends at the last layer. `loras`
-    are merged in float32 before the cast; `quantization` (fp8, int8) stores the layers' linear weights in 8 bits.
+    are merged in float32 before the cast; `quantization` (fp8, int8) stores the layers' linear weights in 8 bits. `is_pinned`:
+    into host memory that a GPU can read, tensor by tensor: pinned as a whole the layers would be there twice for a while.
     Raises `CheckpointError` when a tensor is missing or has another shape.
     """
     config = checkpoint.config(component)
@@ -82,6 +84,8 @@ def load_transformer_share(
             value = merge.apply(key, value)
         stored = quantizer.storage_dtype(key, target)
         value = value.to(device, target, copy=True).to(stored)
+        if is_pinned and _is_in_layer(key) and quantization != "int8":  # which makes new tensors of these
+            value = value.pin_memory()
         set_module_tensor_to_device(model, key, device, value=value, dtype=stored, clear_cache=False)
         quantizer.after(key)
     quantizer.finish()
@@ -91,6 +95,10 @@ def load_transformer_share(
 
 def _is_own(owner: int, layers: range, num_layers: int) -> bool:
     return owner in layers or (owner == -1 and layers.start == 0) or (owner == num_layers and layers.stop == num_layers)
+
+
+def _is_in_layer(key: str) -> bool:
+    return key.startswith("blocks.")
 
 
 def _drop_foreign(model: WanTransformer3DModel, layers: range) -> None:

@@ -9,6 +9,7 @@ from dualparal.model.layout import Checkpoint
 from dualparal.model.source import find_checkpoint
 from dualparal.paths import is_folder
 from dualparal.planning.placement import ModelSizes
+from dualparal.planning.sizes import umt5_float32_parameters
 from dualparal.presets import Preset, weights_of
 
 
@@ -18,6 +19,7 @@ def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
         config=checkpoint.config("transformer"),
         num_experts=checkpoint.num_experts,
         text_parameters=_count(checkpoint, "text_encoder"),
+        text_float32_parameters=umt5_float32_parameters(checkpoint.config("text_encoder")),
         vae_parameters=_count(checkpoint, "vae"),
     )
 

@@ -79,7 +79,14 @@ class Stage:
         home = torch.device("cpu") if is_offloaded else self.device
         self.models: list[WanTransformer3DModel] = [
             load_transformer_share(
-                checkpoint, component, layers, dtype=self.dtype, device=home, loras=loras, quantization=quantization
+                checkpoint,
+                component,
+                layers,
+                dtype=self.dtype,
+                device=home,
+                loras=loras,
+                quantization=quantization,
+                is_pinned=is_offloaded and self.device.type == "cuda",
             )
             for component in checkpoint.transformers
         ]

@@ -195,7 +195,7 @@ def plan_job(
 
 
 def _memory(workload: Workload, request: Settings, model: ModelSizes, placement: Placement) -> MemoryPlan:
-    text_bytes = model.text_parameters * DTYPE_BYTES[placement.dtype]
+    text_bytes = model.text_bytes(placement.dtype)
     vae_bytes = model.vae_parameters * DTYPE_BYTES[placement.vae_dtype]
     plan = memory_plan(
         workload, height=request.height, width=request.width, dtype=placement.dtype, num_experts=model.num_experts,

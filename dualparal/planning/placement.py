@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualparal.options import EngineOptions
-from dualparal.planning.sizes import PUBLISHED_MODELS, VAE_PARAMETERS, umt5_parameters
+from dualparal.planning.sizes import DTYPE_BYTES, PUBLISHED_MODELS, VAE_PARAMETERS, umt5_float32_parameters, umt5_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,13 @@ class ModelSizes:
     config: Mapping[str, Any]
     num_experts: int = 1
     text_parameters: int = umt5_parameters()
+    text_float32_parameters: int = umt5_float32_parameters()  # of these, where the others are float16
     vae_parameters: int = VAE_PARAMETERS
+
+    def text_bytes(self, dtype: str) -> int:
+        """Bytes of the text encoder in `dtype`."""
+        more = self.text_float32_parameters * (4 - DTYPE_BYTES["float16"]) if dtype == "float16" else 0
+        return self.text_parameters * DTYPE_BYTES[dtype] + more
 
     @classmethod
     def published(cls, hub_id: str) -> ModelSizes | None:

@@ -153,5 +153,10 @@ def umt5_parameters(config: Mapping[str, Any] = UMT5_XXL) -> int:
     return int(config["vocab_size"] * dim + config["num_layers"] * layer + dim)
 
 
+def umt5_float32_parameters(config: Mapping[str, Any] = UMT5_XXL) -> int:
+    """Those of them that stay in float32 when the others are float16 (`UMT5EncoderModel._keep_in_fp32_modules`)."""
+    return int(config["num_layers"] * config["d_ff"] * config["d_model"])
+
+
 def _linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs

@@ -64,6 +64,8 @@ def codec_main(connection: Connection, options: WorkerOptions, inbox: Queue[Any]
         quiet_libraries()
         started_s = time.monotonic()
         torch.set_num_threads(options.engine.threads or 1)
+        if torch.device(options.codec_device).type == "cuda":
+            torch.cuda.set_device(options.codec_device)  # else what names no device goes to the first card
         checkpoint = Checkpoint(Path(options.folder))
         cache = EmbeddingCache(Path(options.text_cache)) if options.text_cache else None
         text = TextEncoder(
@@ -175,12 +177,12 @@ class Codec:
                 video.turn(message.job)
             elif isinstance(message, DecodeBlock):
                 video.add(message)
+                if torch.cuda.is_initialized():  # a rank may share this card
+                    torch.cuda.empty_cache()
             else:
                 working_at("joining the video")
                 self._uplink.send(video.close(message))
                 self._video = None
-                if torch.cuda.is_initialized():  # a rank may share this card
-                    torch.cuda.empty_cache()
         except (OSError, ValueError) as error:
             # The job is lost, the codec is not: a full disk concerns this video only.
             self._video, self._failed_job = None, job_id

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from dualparal.limits import wait_passively
+from dualparal.limits import grow_in_place, wait_passively
 from dualparal.messages import WorkerOptions
 
 _start_lock = threading.Lock()
@@ -69,6 +69,7 @@ def _start(name: str, target: Any, before: tuple[Any, ...], after: tuple[Any, ..
 def _prepare(options: WorkerOptions) -> None:
     """What has to be before torch and diffusers are loaded."""
     wait_passively()
+    grow_in_place()
     from dualparal.model.lean import import_diffusers
 
     import_diffusers(is_compiled=options.engine.compile)
@@ -90,6 +91,7 @@ def _run_codec(connection: Connection, options: WorkerOptions, *queues: Any) -> 
 
 def _run_baseline(connection: Connection, options: WorkerOptions, *queues: Any) -> None:
     wait_passively()
+    grow_in_place()
     from dualparal.ring.baseline_process import baseline_main
 
     baseline_main(connection, options, *queues)

@@ -82,7 +82,8 @@ def test_the_same_bits_on_two_cards(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["_native_flash", "_native_efficient", "_native_cudnn", "flash", "sage"])
-def test_attention_backends(tiny: Path, name: str) -> None:
+def test_attention_backends(tmp_path: Path, name: str) -> None:
+    tiny = write_tiny_checkpoint(tmp_path / "model", num_heads=4, head_dim=64)  # what each of them accepts
     case: dict[str, Any] = dict(latents_num=7, num_per_block=2, num_cat=1, steps=2, texts=some_texts(), dtype="bfloat16")
     plain = joined(denoise_in_threads(tiny, device="cuda", **case))
     try:

@@ -19,6 +19,7 @@ import pytest
 from dualparal import devices, network
 from dualparal.devices import place_hosts
 from dualparal.errors import EngineError, RequestError
+from dualparal.gpus import Gpu
 from dualparal.hosts import host as host_module
 from dualparal.hosts import listener as listener_module
 from dualparal.hosts.host import RankHost
@@ -106,7 +107,7 @@ def test_a_secret_is_needed_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_devices_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place_hosts("cpu", 4, 2) == (("cpu",) * 4, "cpu")
-    monkeypatch.setattr(devices, "visible_gpus", lambda: (10**9, 10**9))
+    monkeypatch.setattr(devices, "visible_gpus", lambda: (Gpu("a", 10**9), Gpu("b", 10**9)))
     assert place_hosts("cuda", 4, 2) == (("cuda:0", "cuda:1", "cuda:0", "cuda:1"), "cuda:1"), "the codec stays on this host"
     with pytest.raises(RequestError, match="3 GPUs, 2 are visible"):
         place_hosts("cuda", 6, 3)

@@ -14,9 +14,12 @@ from diffusers.hooks import group_offloading
 from dualparal import Engine, RequestError, devices
 from dualparal import options as engine_options
 from dualparal.cli.main import main
+from dualparal.model import checkpoint as checkpoint_module
+from dualparal.model.checkpoint import load_transformer_share
 from dualparal.model.layout import Checkpoint
 from dualparal.model.low_memory import FP8, stored_bytes
 from dualparal.model.stage import Stage
+from dualparal.model.weights import read_tensors
 from dualparal.planning.sizes import DiTSizes
 from tests.local_ring import denoise_in_threads
 from tests.texts import joined, some_texts
@@ -44,6 +47,27 @@ def test_fp8_stores_what_diffusers_stores(tiny: Path, dtype: str) -> None:
             assert torch.equal(value.float(), expected[name].float()), name
             seen.add(name)
     assert seen == set(expected)
+
+
+def test_layers_are_pinned_one_tensor_after_another(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the next is read, so that the layers are never in host memory twice; the rest goes to the device anyway."""
+    order: list[str] = []
+
+    def reading(infos: Any) -> Any:
+        for key, value in read_tensors(infos):
+            order.append(key)
+            yield key, value
+
+    def pinned(value: torch.Tensor) -> torch.Tensor:
+        order.append("pinned")
+        return value.clone()
+
+    monkeypatch.setattr(checkpoint_module, "read_tensors", reading)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    load: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    model = load_transformer_share(Checkpoint(tiny), "transformer", range(2), **load, is_pinned=True)
+    assert order.count("pinned") == sum(name.startswith("blocks.") for name, _ in model.named_parameters()) > 0
+    assert all(order[at - 1].startswith("blocks.") for at, what in enumerate(order) if what == "pinned")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

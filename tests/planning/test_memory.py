@@ -47,6 +47,7 @@ from dualparal.planning.sizes import (
     WAN_1_3B,
     WAN_14B,
     DiTSizes,
+    umt5_float32_parameters,
     umt5_parameters,
 )
 from dualparal.planning.work import Workload, layer_flops
@@ -115,6 +116,10 @@ def test_text_encoder(config: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config, feed_forward_proj="gated-gelu"))
     assert umt5_parameters(config) == sum(value.numel() for value in model.parameters())
+    kept = [
+        value.numel() for name, value in model.named_parameters() if set(name.split(".")) & set(model._keep_in_fp32_modules)
+    ]
+    assert umt5_float32_parameters(config) == sum(kept) > 0
 
 
 def test_tokens() -> None:
