@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dualparal import Engine, GenerationRequest, RequestError, Settings, Steered, WorkerDied
 from dualparal.jobs.folder import JobFolder
@@ -82,6 +83,26 @@ def test_steered_is_submitted(ranks: int, request_: GenerationRequest, tiny: Pat
     assert [event for event in job.folder.events() if isinstance(event, Steered)][-1] == last
     begun = sum(shot.latents_num or 0 for shot in shots[:-1])
     assert last.num_frames == job.request.num_frames and last.from_s <= begun * 4 / job.request.fps
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_film_that_began_with_a_picture(ranks: int, tiny: Path, tmp_path: Path, plain: Engine) -> None:
+    picture = tmp_path / "start.png"
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(picture)
+    asked = PREVIEW.model_copy(update={"start_image": str(picture)})
+    with open_engine(tiny, tmp_path / "outputs", ranks=ranks, worker_hook="tests.distributed.hooks:saves_often") as engine:
+        job = engine.submit(asked, return_latents=True)
+        assert wait_until(lambda: steps_done(job) > 5 * ranks, WAIT_S)
+        told = job.steer("a dog runs", "blend")
+        result = job.result(WAIT_S)
+    assert told.block >= 1
+    again = job.request.as_request().model_copy(update={"start_image": str(picture)})
+    whole = plain.submit(again, return_latents=True)
+    expected = whole.result(WAIT_S)
+    assert whole.request == job.request
+    assert result.latents is not None and expected.latents is not None and torch.equal(result.latents, expected.latents)
+    assert Path(result.path).read_bytes() == Path(expected.path).read_bytes()
+    assert count_frames(result.path) == job.request.num_frames
 
 
 @pytest.mark.parametrize("is_saved_since", [False, True])
