@@ -50,6 +50,8 @@ class Objects(Calls):
             "remixed_from_video_id": None,
             "error": error_of(found),
             "content_url": self.url(found, "content"),
+            "events_url": self.url(found, "events"),
+            "live_url": self.url(found, "live.m3u8"),
         }
 
     def url(self, found: Snapshot, name: str) -> str:

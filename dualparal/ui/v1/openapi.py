@@ -98,7 +98,7 @@ def _schemas() -> dict[str, Any]:
         "progress": {**WHOLE, "description": "percent"}, "created_at": WHOLE, "completed_at": MAYBE_WHOLE,
         "expires_at": MAYBE_WHOLE, "prompt": TEXT, "size": TEXT, "seconds": TEXT, "remixed_from_video_id": MAYBE_TEXT,
         "error": {"anyOf": [{"type": "object", "properties": {"code": TEXT, "message": TEXT}}, {"type": "null"}]},
-        "content_url": TEXT,
+        "content_url": TEXT, "events_url": TEXT, "live_url": TEXT,
     }  # fmt: skip
     error = {"message": TEXT, "type": TEXT, "code": TEXT, "param": MAYBE_TEXT}
     listed = {"object": {"const": "list"}, "has_more": {"type": "boolean"}, "first_id": MAYBE_TEXT, "last_id": MAYBE_TEXT}

@@ -17,17 +17,17 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from dualparal.errors import DualParalError, OutputError, RequestError
 from dualparal.jobs.folder import JOB_ID
 from dualparal.presets import USUAL
-from dualparal.ui.http.refusals import Refusal, not_found, refusal_of, refused
+from dualparal.ui.http.refusals import RETRY_S, Refusal, not_found, refusal_of, refused
 from dualparal.ui.owners import address_of
 from dualparal.ui.snapshot import Snapshot
-from dualparal.ui.v1 import content
+from dualparal.ui.v1 import content, events, live
 from dualparal.ui.v1.asked import asked
 from dualparal.ui.v1.keys import Access
 from dualparal.ui.v1.objects import Objects
@@ -88,6 +88,10 @@ class Videos:
             }),
             Door(method="GET", path="/videos/{video_id}/segments/{block}.ts", call=self.segment, gives="segment", query=link),
             Door(method="GET", path="/videos/{video_id}/looks/{block}.jpg", call=self.look, gives="picture", query=link),
+            Door(method="GET", path="/videos/{video_id}/events", call=self.events, gives="events", query={
+                "last_event_id": "in place of the header Last-Event-ID", **link,
+            }),
+            Door(method="GET", path="/videos/{video_id}/live.m3u8", call=self.live, gives="playlist", query=link),
             Door(method="GET", path="/models", call=self.models, gives="ModelList"),
             Door(method="GET", path="/openapi.json", call=self.openapi, gives="OpenAPI", is_open=True),
         ]  # fmt: skip
@@ -163,6 +167,34 @@ class Videos:
     async def look(self, request: Request) -> Response:
         """How a block was last seen: one JPEG with a small picture for each latent frame, eight in a row."""
         return await self._in_thread(content.rough_block, await self._read(request), _number(request))
+
+    async def events(self, request: Request) -> Response:
+        """Progress, finished blocks with their segment's address and early looks as server-sent events, at last the video under
+        its status. `Last-Event-ID` goes on where an earlier stream broke off; after its end the answer is 204."""
+        found = await self._read(request)
+        place = events.Place.read(request.headers.get("last-event-id") or request.query_params.get("last_event_id"))
+        if place is None:
+            return Response(status_code=204)
+        events.check_room()
+        told = events.told(self._studio, self._objects, found.job_id, self._access.reader(request, found.job_id), place)
+        return StreamingResponse(told, media_type=events.MEDIA_TYPE, headers=events.HEADERS)
+
+    async def live(self, request: Request) -> Response:
+        """The finished blocks as an HLS playlist that grows until the video has ended, for any player. Before the first block
+        it waits for it some seconds, then 503 with `Retry-After`."""
+        found = await self._read(request)
+        owner = self._access.reader(request, found.job_id)
+        for _ in range(round(live.FIRST_BLOCK_S / LOOK_EVERY_S)):
+            if found.blocks or found.is_ended:
+                break
+            await asyncio.sleep(LOOK_EVERY_S)
+            found = await self._looked(found.job_id, owner)
+        if not found.blocks:
+            code, status = ("not_ready", 404) if found.is_ended else ("busy", 503)
+            what = "no block of it was finished" if found.is_ended else "no block of it is finished yet; ask again"
+            raise Refusal(status, f"video {found.job_id}: {what}", code, headers={"Retry-After": RETRY_S})
+        text = live.playlist(found, self._access.link(found.job_id))
+        return Response(text, media_type=live.MEDIA_TYPE, headers=content.FRESH)
 
     async def models(self, request: Request) -> Response:
         """What `model` may be: the presets of the model that is loaded here."""

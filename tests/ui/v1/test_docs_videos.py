@@ -1,4 +1,4 @@
-"""The lines of docs/videos_api.md, run by bash and Python against a page over fake workers."""
+"""The lines of docs/videos_api.md and docs/live.md, run by bash and Python against a page over fake workers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dualparal.media.ffmpeg import ffmpeg_path
 from dualparal.media.metadata import describe
 from tests.page_server import GRADIO_WARNINGS, Server
 from tests.ui.v1.test_videos import ANN, raw, until
@@ -87,3 +88,28 @@ def test_the_names_that_it_tells(server: Server) -> None:
     )
     for code in re.findall(r"`([a-z_]+)`", PAGE.partition("## Refusals")[2]):
         assert f'"{code}"' in source, code
+
+
+LIVE = (Path(__file__).resolve().parents[3] / "docs" / "live.md").read_text(encoding="utf-8")
+
+
+def test_the_lines_of_the_page_about_watching(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ffmpeg").symlink_to(ffmpeg_path())
+    with raw(server) as client:
+        video_id = client.post("/videos", json={"prompt": "a kite", "seconds": 2}).json()["id"]
+    found = dict(re.findall(r"```(bash|python)\n(.*?)```", LIVE.partition("## In a program")[2], re.S))
+    player = re.findall(r"```bash\n(.*?)```", LIVE, re.S)[0]
+    environment = {**os.environ, "STUDIO": server.url.rstrip("/"), "KEY": ANN, "VIDEO": video_id}
+    environment["PATH"] = f"{tmp_path}/bin:{os.environ['PATH']}"
+    (tmp_path / "follow.py").write_text(found["python"])
+    script = f"set -euo pipefail\n{found['bash']}\n{player}\n{sys.executable} follow.py"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "event: completed\n" in done.stdout and done.stdout.endswith("block 0\nblock 1\ncompleted\n")
+    assert describe(tmp_path / "live.mp4")["num_frames"] == 33
+    source = (Path(__file__).resolve().parents[3] / "dualparal" / "ui" / "v1" / "events.py").read_text(encoding="utf-8")
+    for name in ("items_done", "num_items", "block_steps", "num_pictures", "first_frame", "gone"):
+        assert f'"{name}"' in source and f"`{name}`" in LIVE
