@@ -46,7 +46,8 @@ class Server:
 
     def __init__(
         self, outputs: Path, auth: list[tuple[str, str]] | None = None, sites: Sites | None = None, *,
-        item_s: float = 0.02, can_load: bool = True, keys: tuple[str, ...] = (), **options: Any,
+        item_s: float = 0.02, can_load: bool = True, keys: tuple[str, ...] = (), port: int | None = None,
+        **options: Any,
     ) -> None:  # fmt: skip
         self._life = contextlib.ExitStack()
         self.groups = self._life.enter_context(fake_groups(self._life.enter_context(pytest.MonkeyPatch.context())))
@@ -55,7 +56,8 @@ class Server:
             self.groups.can_load.clear()
         self.engine = Engine(**{**ON_PAGE, "outputs": outputs, **options}).start(wait=False)
         self.studio = Studio(self.engine)
-        self.page: gr.Blocks = launch(self.studio, quiet=True, auth=auth, sites=sites, keys=keys)  # type: ignore[arg-type]
+        made: Any = launch(self.studio, quiet=True, auth=auth, sites=sites, keys=keys, port=port)
+        self.page: gr.Blocks = made
         self.url = str(self.page.local_url)
         self.client = self.new_client(auth=auth[0] if auth else None)
 

@@ -23,8 +23,8 @@ COLUMNS = 250
 def strip(found: Snapshot, root: str = "") -> str:
     """The video as a strip of blocks, as wide as each is long, filling up from below as it is denoised.
 
-    The page's scripts draw the playhead and each block's early look, and seek when a block is clicked (`data-from` is in
-    seconds).
+    The page's scripts draw the playhead and each block's early look, and seek when a block is clicked or come to with the
+    arrow keys (`data-from` is in seconds).
     """
     request = found.request
     plan = plan_of(request)
@@ -51,7 +51,8 @@ def strip(found: Snapshot, root: str = "") -> str:
     dense = " dense" if len(sizes) > 48 else ""
     about = f'data-seconds="{total_s:.4f}" data-steps="{num_steps}" data-waits="{looks.waits(found)}"'
     return (
-        f'<div class="strip{dense}" role="img" aria-label="{summary}" {about}>{"".join(cells)}</div>'
+        f'<div class="strip{dense}" role="slider" tabindex="0" aria-label="place in the film" aria-valuemin="0" '
+        f'aria-valuemax="{total_s:.1f}" aria-valuenow="0" aria-valuetext="{summary}" {about}>{"".join(cells)}</div>'
         f'<div class="strip-scale"><span>0 s</span><span>{summary}</span><span>{total_s:.1f} s</span></div>'
     )
 

@@ -94,11 +94,18 @@ def build(studio: Studio) -> Form:
 
 def _advanced(parts: dict[str, Any], preset: Preset, at: dict[str, dict[str, Any]], two: bool) -> None:
     for name, (label, info) in ADVANCED.items():
+        if name in GROUPS:
+            gr.HTML(f"<h3>{GROUPS[name]}</h3>", apply_default_css=False, elem_classes="group")
+            if GROUPS[name] == "Picture":
+                _size(parts, preset)
         if name in CHOICES:
             value = getattr(preset, name)
             parts[name] = gr.Dropdown(list(CHOICES[name]), value=value, label=label, info=info, filterable=False)
         else:
             parts[name] = Slider(**at[name], label=label, info=info, visible=two or name not in TWO_EXPERTS)
+
+
+def _size(parts: dict[str, Any], preset: Preset) -> None:
     with gr.Row(elem_classes="size-row"):
         for name, label in (("width", "Width"), ("height", "Height")):
             parts[name] = gr.Number(getattr(preset, name), label=label, precision=0, minimum=16, min_width=80)
@@ -106,13 +113,13 @@ def _advanced(parts: dict[str, Any], preset: Preset, at: dict[str, dict[str, Any
 
 ADVANCED = {
     "num_inference_steps": ("Denoising steps", "More steps: cleaner pictures, longer wait in proportion."),
+    "flow_shift": ("Flow shift", "Higher spends more steps on the rough composition; larger pictures want more."),
+    "solver": ("Solver", "How a step is taken: “unipc” is the models’ own, LoRAs for few steps want “euler”."),
     "guidance_scale": ("Guidance", "How closely the prompt is followed; at 1 or less it is off and a step costs half."),
     "guidance_scale_2": ("Guidance, low-noise expert", "The same for the second expert, which paints the details."),
     "guidance_start": ("Guidance from", "Share of the steps that run without guidance first; each of them costs half."),
     "guidance_stop": ("Guidance until", "Share of the steps after which guidance is off."),
     "boundary_ratio": ("Switch between experts", "Share of the noise range that the low-noise expert takes."),
-    "flow_shift": ("Flow shift", "Higher spends more steps on the rough composition; larger pictures want more."),
-    "solver": ("Solver", "How a step is taken: “unipc” is the models’ own, LoRAs for few steps want “euler”."),
     "num_per_block": ("Latent frames per block (num_per_block)", "Longer blocks are steadier and need more memory."),
     "num_cat": ("Context (num_cat)", "Latent frames of each neighbour a block sees; 0 makes blocks independent."),
     "context": (
@@ -121,6 +128,7 @@ ADVANCED = {
         "where they fit.",
     ),
 }
+GROUPS = {"num_inference_steps": "Picture", "guidance_scale": "Guidance", "num_per_block": "Blocks"}  # by their first setting
 
 
 def ranges(preset: Preset) -> dict[str, dict[str, Any]]:
@@ -144,6 +152,13 @@ def ranges(preset: Preset) -> dict[str, dict[str, Any]]:
         "num_per_block": {"minimum": 1, "maximum": limits.num_per_block, "step": 1, "value": preset.num_per_block},
         "num_cat": {"minimum": 0, "maximum": most_cat, "step": 1, "value": min(preset.num_cat, most_cat)},
     }  # fmt: skip
+
+
+def defaults(preset: Preset) -> dict[str, Any]:
+    """What a form that nobody has touched shows for a preset, by name."""
+    shown: dict[str, Any] = {name: found["value"] for name, found in ranges(preset).items()}
+    shown |= {name: getattr(preset, name) for name in (*CHOICES, "width", "height")}
+    return {"prompt": "", "negative_prompt": "", "seed": "", "preset": preset.name, "pace": pace.of_preset(preset), **shown}
 
 
 def read(studio: Studio, values: Sequence[Any]) -> Settings:

@@ -15,3 +15,12 @@ document.addEventListener('keydown', (event) => {
   event.stopImmediatePropagation();
   document.querySelector('#generate')?.click();
 }, true);
+// Names for what Gradio leaves without one, and the key that Generate goes by where there is a keyboard.
+const NAMES = {'#dice': 'Draw a seed', '#restore input': 'A video made here, to restore its settings', '#start-image input': 'A picture to begin with',
+  '#steer-text :is(input, textarea)': 'Another prompt, from here on', '#steer-how input': 'How the new shot begins'};
+const nameThem = () => {
+  for (const [selector, name] of Object.entries(NAMES))
+    for (const found of document.querySelectorAll(selector)) if (found.getAttribute('aria-label') !== name) found.setAttribute('aria-label', name);
+  document.documentElement.classList.toggle('mac', /Mac|iPhone|iPad/.test(navigator.platform));
+};
+setInterval(nameThem, 1000);

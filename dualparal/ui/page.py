@@ -15,7 +15,7 @@ import gradio as gr
 from dualparal.errors import DualParalError, RequestError
 from dualparal.media.metadata import read_settings
 from dualparal.presets import USUAL
-from dualparal.ui import api, form, gallery, owners, panels, timeline
+from dualparal.ui import api, draft, form, gallery, owners, panels, timeline
 from dualparal.ui.live_video import LiveVideo
 from dualparal.ui.steering import QUIET, SteeringField, one_sentence
 from dualparal.ui.studio import Studio
@@ -45,6 +45,8 @@ element.addEventListener('click', (event) => {
   if (kinds.includes(button.dataset.do)) trigger(button.dataset.do, {id: button.dataset.id});
 });
 """
+OPEN_JS = f"""(browser) => [
+  browser, sessionStorage.getItem('dualparal-job') || '', sessionStorage.getItem('{draft.KEY}') || '']"""
 BOARD_JS = (HERE / "rough.js").read_text(encoding="utf-8") + (HERE / "strip.js").read_text(encoding="utf-8")
 
 
@@ -70,6 +72,7 @@ class Page:
     def _lay_out(self) -> None:
         self.browser = gr.BrowserState("", storage_key="dualparal-owner", secret="dualparal-studio")
         self.hint = gr.Textbox(visible="hidden", elem_id="job-hint")
+        self.drafted = gr.Textbox(visible="hidden", elem_id="drafted")
         self.job_id = gr.State("")
         self.gallery_page = gr.State(0)
         self.timer = gr.Timer(TICK_S)
@@ -79,14 +82,17 @@ class Page:
         with gr.Row(elem_id="workspace"):
             with gr.Column(elem_id="composer", scale=4, min_width=320):
                 self.form = form.build(self.studio)
-                self.estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
-                with gr.Row(elem_id="go"):
-                    self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
-                    self.stop = gr.Button("Stop", variant="stop", elem_id="stop", visible=False, scale=1, min_width=90)
-                    self.another = gr.Button("Stop, try another seed", elem_id="another", visible=False, scale=1, min_width=104)
                 self.restore = gr.File(
                     label="Drop a video made here to restore its settings", file_types=[".mp4"], elem_id="restore", height=72
                 )
+                with gr.Column(elem_id="foot"):  # always in view
+                    self.estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
+                    with gr.Row(elem_id="go"):
+                        self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
+                        self.stop = gr.Button("Stop", variant="stop", elem_id="stop", visible=False, scale=1, min_width=76)
+                        self.another = gr.Button(
+                            "Stop, try another seed", elem_id="another", visible=False, scale=1, min_width=104
+                        )
             with gr.Column(elem_id="stage", scale=7, min_width=320):
                 own = self.studio.engine.preset
                 self.video = LiveVideo(
@@ -118,9 +124,10 @@ class Page:
         inputs, browser = self.form.inputs, self.browser
         overview = [self.chip, self.queue]
         self.opened = page.load(
-            self._open, [browser, self.hint], [browser, self.job_id, self.estimate, self.gallery, *overview],
-            js="(browser, hint) => [browser, sessionStorage.getItem('dualparal-job') || '']", **QUIET,
+            self._open, [browser, self.hint, self.drafted], [browser, self.job_id, self.estimate, self.gallery, *overview],
+            js=OPEN_JS, **QUIET,
         )  # fmt: skip
+        draft.keep(page, self.form, self.studio.engine.preset.name, **QUIET)
         self._then_follow(self.opened)
         begun = gr.on(
             [self.generate.click, self.form.prompt.submit], self._start, [browser, *inputs], [self.job_id, self.queue],
@@ -174,12 +181,13 @@ class Page:
 
     # -- what the events do
 
-    def _open(self, token: str, hint: str, request: gr.Request) -> tuple[Any, ...]:
+    def _open(self, token: str, hint: str, drafted: str, request: gr.Request) -> tuple[Any, ...]:
         token = token if isinstance(token, str) and token else owners.new_token()
         owner = self._owner(token, request)
         job_id = self._reattach(hint, owner)
         shown, _ = gallery.render(self.studio, owner, 0, self.root)
-        estimate = panels.estimate_line(self.studio.estimate(USUAL))
+        values = draft.values_of(drafted, self.studio.engine.preset.name, form.defaults(self.studio.engine.preset))
+        estimate = self._estimate(*values)[0] if values else panels.estimate_line(self.studio.estimate(USUAL))
         return token, job_id, estimate, shown, *self._overview(owner, job_id)
 
     def _reattach(self, hint: str, owner: str) -> str:

@@ -8,6 +8,8 @@ const rough = (() => {
   layer.className = 'rough';
   layer.innerHTML = '<canvas></canvas><button type="button"></button>';
   const canvas = layer.firstChild, words = layer.lastChild;
+  const next = document.createElement('p');  // over the video, while it plays again what there is
+  next.className = 'next'; next.hidden = true;
   let at = 0, lastMs = 0, isPaused = window.matchMedia('(prefers-reduced-motion: reduce)').matches, isHeld = false;
   let shown = '';  // what the canvas shows: block, picture and sheet
   let known = '';  // the job
@@ -97,6 +99,18 @@ const rough = (() => {
   };
   const hide = () => { layer.hidden = true; };
 
+  // A growing video that has come to its end waits for its next block, and says so.
+  const sayNext = (state, all) => {
+    const awaited = all.findIndex((one) => !one.isReady), over = stage();
+    const isAwaited = state === 'running' && hasLooped && awaited > 0 && !isOn();
+    next.hidden = !isAwaited;
+    if (!isAwaited || !over) return;
+    if (next.parentNode !== over) over.append(next);
+    const text = `plays what is there; block ${awaited + 1} of ${all.length} is next`;
+    if (next.textContent !== text) next.textContent = text;
+  };
+  let hasLooped = false, numReady = 0;
+
   const playFrom = (video, time) => { hide(); video.currentTime = time + 0.001; video.play().catch(() => {}); };
 
   // Where the film goes on: in the video, or in what is still rough.
@@ -122,16 +136,18 @@ const rough = (() => {
       return;
     }
     if (video.currentTime < readyTo - 0.15 && !video.ended) return;
-    if (end > readyTo + 0.05) { video.pause(); at = readyTo; show(); } else playFrom(video, 0);
+    if (end > readyTo + 0.05) { video.pause(); at = readyTo; show(); } else { hasLooped = true; playFrom(video, 0); }
   };
 
   const tick = () => {
     const strip = element.querySelector('.strip'), now = element.querySelector('.board');
-    if (!strip || !now) { hide(); return; }
-    if (now.dataset.job !== known) { known = now.dataset.job; sheets.clear(); asked.clear(); at = 0; shown = ''; hide(); }
-    const all = cells(strip);
+    if (!strip || !now) { hide(); next.hidden = true; return; }
+    if (now.dataset.job !== known) { known = now.dataset.job; sheets.clear(); asked.clear(); at = 0; shown = ''; hasLooped = false; hide(); }
+    const all = cells(strip), ready = all.filter((one) => one.isReady).length;
+    if (ready !== numReady) { numReady = ready; hasLooped = false; }
     all.forEach(fetchLook);
     move(now.dataset.state, all, document.querySelector('#video video'));
+    sayNext(now.dataset.state, all);
     if (isOn()) { paintStage(all); say(all, Number(strip.dataset.steps), strip.dataset.waits); }
     return all;
   };

@@ -6,8 +6,10 @@ Gradio's own variables (GRADIO_SERVER_PORT, GRADIO_SERVER_NAME, GRADIO_ROOT_PATH
 from __future__ import annotations
 
 import argparse
+import html
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -59,7 +61,7 @@ log = logging.getLogger(__name__)
 
 # One that runs and a few that wait: enough for a visitor, and thirty-two of them fill no queue alone.
 OF_A_SERVER = {"max_per_owner": 4, "auto_resume": True}
-IN_HEAD = ("storage", "keys")  # scripts that run before the page is there
+IN_HEAD = ("storage", "keys", "away")  # scripts that run before the page is there
 MAX_CALLS = 2048  # under way at once: who follows a job holds one of them, which is a place in a list and no thread
 WAITING_CALLS = 256  # Gradio's own queue only carries calls; jobs wait in the engine's
 TINY_PRESET = Preset(
@@ -246,7 +248,7 @@ def launch(
             strict_cors=True, enable_monitoring=False, state_session_capacity=MAX_SESSIONS, max_threads=MAX_CALLS,
             run_history=False, ssr_mode=False, share=False, pwa=False, footer_links=["api", "settings"], theme=theme(),
             css="".join((HERE / f"{name}.css").read_text(encoding="utf-8") for name in ("style", "timeline")),
-            head="".join(f"<script>{(HERE / f'{name}.js').read_text(encoding='utf-8')}</script>" for name in IN_HEAD),
+            head=in_head(root),
             app_kwargs={
                 "routes": [*health_routes(studio), mount(Access(studio, keys), root)],
                 "middleware": layers(sites or Sites.of(), uploads),
@@ -257,14 +259,23 @@ def launch(
     return page
 
 
+def in_head(root: str) -> str:
+    """What the page's head holds besides Gradio's: where the server is, for scripts that run before the page is there."""
+    place = html.escape(f"{root.rstrip('/')}/" if root else "", quote=True)
+    scripts = "".join(f"<script>{(HERE / f'{name}.js').read_text(encoding='utf-8')}</script>" for name in IN_HEAD)
+    return f'<meta name="dualparal-root" content="{place}">{scripts}'
+
+
 def health_routes(studio: Studio) -> list[Route]:
     """/healthz: this process answers, and its supervisors and queue move (503: start it anew).
     /readyz: the model is loaded (503 until then). /metrics: for Prometheus."""
 
+    run = {"X-Run": secrets.token_hex(8)}  # a page that was open before this process is opened anew
+
     async def healthz(_: Request) -> JSONResponse:
         if (reason := studio.engine.stuck) is not None:
-            return JSONResponse({"status": "stuck", "reason": reason}, status_code=503)
-        return JSONResponse({"status": "alive"})
+            return JSONResponse({"status": "stuck", "reason": reason}, status_code=503, headers=run)
+        return JSONResponse({"status": "alive"}, headers=run)
 
     async def readyz(_: Request) -> JSONResponse:
         state = studio.engine.state
