@@ -67,6 +67,7 @@ class RunJob:
     negative_prompt_embeds: np.ndarray | None = None
     is_resumed: bool = False  # go on from the state in `folder`
     is_baseline: bool = False  # for a worker of plain Wan
+    loras: tuple[Lora, ...] = ()  # the files of `request.loras`
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class JobSpec:
     conditions: list[Conditions]
     start: int = 0  # index of the first item to run
     is_turn: bool = False  # the job under way goes on by another timeline
+    loras: tuple[Lora, ...] = ()  # that run beside the weights
 
 
 @dataclass(frozen=True)

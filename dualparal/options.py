@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dualparal.errors import RequestError
+from dualparal.paths import expand, is_folder, why_missing
 from dualparal.request import nearest, shown
 
 DTYPE_NAMES = {
@@ -69,6 +70,14 @@ class EngineOptions(BaseModel):
     loras: tuple[str, ...] = option(
         (), "file, folder or hub id of a LoRA, for one expert if that is said; repeatable", flags=["lora"],
         metavar="[high:|low:]PATH[:SCALE]", plain=(), is_of_host=True,
+    )  # fmt: skip
+    lora_folder: Path | None = option(
+        None, "folder of LoRAs (safetensors) that requests may name; over HTTP only these and the preset's own",
+        metavar="FOLDER", of="host",
+    )  # fmt: skip
+    lora_cache_bytes: int = option(
+        2 * 10**9, "host memory of each rank for LoRAs of requests that were used of late", metavar="GB",
+        flags=["lora_cache_gb"], unit=10**9, of="host",
     )  # fmt: skip
     timeout_s: float = option(
         600.0, "seconds to wait for another rank within a job, and that one block step, prompt or latent frame may take",
@@ -136,7 +145,16 @@ class EngineOptions(BaseModel):
             raise RequestError(f"loras={shown(given)} is one text; give a list of them", "loras")
         return tuple(str(one) for one in given)
 
-    @field_validator("max_per_owner", "max_disk_bytes", mode="before")
+    @field_validator("lora_folder")
+    @classmethod
+    def _is_a_folder(cls, folder: Path | None) -> Path | None:
+        if folder is not None and not is_folder(folder := expand(folder)):
+            raise RequestError(
+                f"lora_folder: there is no folder {folder}{why_missing(folder)}; make it or name another", "lora_folder"
+            )
+        return folder
+
+    @field_validator("max_per_owner", "max_disk_bytes", "lora_cache_bytes", mode="before")
     @classmethod
     def _limit(cls, given: Any, info: ValidationInfo) -> Any:
         try:
@@ -145,6 +163,8 @@ class EngineOptions(BaseModel):
             number = -1
         if number is not None and number < 0:
             raise RequestError(f"{info.field_name}={shown(given)} is not a limit; use 0 or more", info.field_name)
+        if info.field_name == "lora_cache_bytes":
+            return number or 0
         return (number or None) if info.field_name == "max_per_owner" else number
 
     @model_validator(mode="after")

@@ -36,6 +36,7 @@ from dualparal.request import (
 )
 
 PACKAGE = Path(__file__).resolve().parent
+MIN_CACHED_STEPS = 8  # with step caching: of fewer, the first three and the last are all but all
 FLOW_SHIFT = 3.0  # where neither request, preset nor checkpoint says
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 OWN_FOLDERS = (PACKAGE.parent / "presets", PACKAGE / "_presets")  # source tree, installed wheel
@@ -96,6 +97,7 @@ class Preset(BaseModel):
     boundary_ratio: float | None = None
     flow_shift: float | None = None  # the checkpoint's
     solver: SolverName = "unipc"
+    loras: tuple[str, ...] = ()
     num_per_block: int = 8
     num_cat: int = 8
     schedule: AskedSchedule = AUTO
@@ -137,6 +139,12 @@ def complete(
             "boundary_ratio",
         )
     settings = settle_rules(Settings(**values), request, ranks)
+    if settings.cache_interval > 1 and settings.num_inference_steps < MIN_CACHED_STEPS:
+        raise RequestError(
+            f"cache_interval={settings.cache_interval}: with {settings.num_inference_steps} steps there is too little to "
+            f"extrapolate from; use at least {MIN_CACHED_STEPS} steps, or leave step caching out",
+            "cache_interval",
+        )
     preset.limits.check(settings)
     return settings
 
@@ -241,11 +249,11 @@ def load_presets(extra: str | Path | None = None) -> dict[str, Preset]:
 
 
 def find_preset(model: str, presets: dict[str, Preset] | None = None) -> Preset:
-    """The preset named `model`, or the first one for the hub id or folder `model`, or plain defaults."""
+    """The preset named `model`, or the first one for the hub id or folder `model` as it is, or plain defaults."""
     presets = load_presets() if presets is None else presets
     if model in presets:
         return presets[model]
-    for preset in presets.values():
+    for preset in sorted(presets.values(), key=lambda preset: bool(preset.loras)):  # LoRAs are for those who ask for them
         if preset.model == model:
             return preset
     if not is_folder(model) and not HUB_ID.fullmatch(model):

@@ -24,6 +24,8 @@ from dualparal.prompts import shown as shown
 TEMPORAL_FACTOR = 4  # frames folded into one latent frame by the Wan VAE (the first latent holds one frame)
 MAX_LATENTS = 100_000
 MAX_SEED = 2**63 - 1
+MAX_LORAS = 16
+MAX_LORA_CHARS = 1000
 ScheduleName = Literal["paper", "preview"]  # each is an entry of method.rules.POLICIES
 SolverName = Literal["unipc", "euler", "dpm++"]
 ContextName = Literal["recomputed", "cached"]
@@ -77,6 +79,20 @@ class _Described(BaseModel):
     @classmethod
     def _usable_shots(cls, shots: Any) -> tuple[Shot, ...] | None:
         return None if shots is None else checked_shots(shots)
+
+    @field_validator("loras", mode="before", check_fields=False)
+    @classmethod
+    def _usable_loras(cls, given: Any) -> Any:
+        if given is None:
+            return None
+        if isinstance(given, str) or not isinstance(given, (list, tuple)):
+            raise ValueError("not a list; give one of names, each with :scale behind it or not")
+        named = tuple(one.strip() if isinstance(one, str) else one for one in given)
+        if bad := [one for one in named if not isinstance(one, str) or not 0 < len(one) <= MAX_LORA_CHARS or "\0" in one]:
+            raise ValueError(f"{shown(bad[0])} is no name of a LoRA")
+        if len(named) > MAX_LORAS:
+            raise ValueError(f"{len(named)} LoRAs; a video takes at most {MAX_LORAS}")
+        return () if named == ("none",) else named
 
     @field_validator("height", "width", check_fields=False)
     @classmethod
@@ -157,6 +173,12 @@ class Settings(_Described):
         description="a picture that the film begins with (PNG, JPEG or WebP), cropped to its size; an anchor for models that "
         "were only trained on text",
         json_schema_extra={"metavar": "PICTURE"},
+    )  # fmt: skip
+    loras: tuple[str, ...] = Field(
+        (),
+        description="LoRAs of this video alone, which run beside the weights: [high:|low:]name, path or hub id[:scale]; none: "
+        "also without the preset's",
+        json_schema_extra={"flags": ["with_lora"], "dest": "with_lora", "metavar": "[high:|low:]LORA[:SCALE]"},
     )  # fmt: skip
     model: str = Field("", description="hub id or folder name of the model; empty where it is not known")
 

@@ -18,6 +18,7 @@ from dualparal.method.plan import BlockPlan
 from dualparal.method.sampler import SamplerFactory
 from dualparal.method.schedule import Rules, make_schedule
 from dualparal.model.layout import Checkpoint
+from dualparal.model.lora_source import Lora
 from dualparal.model.stage import JobShape, Stage
 from dualparal.planning.layer_split import split_layers
 from dualparal.request import SolverName
@@ -119,14 +120,17 @@ def denoise_in_threads(
     scenes: Sequence[Sequence[int]] | None = None,
     num_known: int | None = None,
     ghost: torch.Tensor | None = None,
+    beside: Sequence[Lora] = (),
     **options: Any,
 ) -> dict[int, torch.Tensor]:
     """Latents of each finished block. `scenes`: latents of each scene's shots. `texts[i]`: guidance halves of text i, of which
     the first `num_known` are announced and the others travel; `stop_after` items the job is stopped (`may_end`:
-    or ends before); `is_nccl`: receives are posted as on GPUs; `ghost`: one latent before block 0; `options` are the
-    stages' own (LoRAs, attention)."""
+    or ends before); `is_nccl`: receives are posted as on GPUs; `ghost`: one latent before block 0; `beside`: LoRAs of
+    this video alone; `options` are the stages' own (LoRAs, attention)."""
     checkpoint = Checkpoint(folder)
     stages = stages_of(checkpoint, ranks, layer_split, dtype, device, **options)
+    for stage in stages:
+        stage.use_loras(beside)
     plan = BlockPlan.of(latents_num + (ghost is not None), num_per_block, num_cat, picture=ghost is not None)
     if scenes is not None:
         plan = BlockPlan.of_scenes(scenes, num_per_block, num_cat)

@@ -74,6 +74,17 @@ def test_authors_names_diffusers_names_and_dashes() -> None:
     assert given(EngineOptions, found) == {"loras": ["a:1", "b"], "layer_split": "auto", "offload_cache": True}
 
 
+def test_loras_of_an_engine_and_of_a_video_are_two_flags() -> None:
+    words = ["--prompt", "x", "--lora", "a:1", "--with_lora", "b", "--with-lora=high:c:0.5"]
+    found = dict(parsers())["generate"].parse_args(words)
+    assert given(GenerationRequest, found) == {"prompt": "x", "loras": ["b", "high:c:0.5"]}
+    assert given(EngineOptions, found) == {"loras": ["a:1"]}
+    assert GenerationRequest(prompt="x", loras=["none"]).loras == ()
+    found = dict(parsers())["serve"].parse_args(["--lora_cache_gb", "0.5", "--lora-folder", "/tmp"])
+    assert given(EngineOptions, found) == {"lora_cache_bytes": 5e8, "lora_folder": Path("/tmp")}
+    assert "(default: 2)" in next(a.help or "" for a in dict(parsers())["serve"]._actions if a.dest == "lora_cache_bytes")
+
+
 def test_a_preset_and_a_model_are_two_values(tmp_path: Path) -> None:
     """In every command the one names the weights, the other the settings; a preset alone names both."""
     preset, published = "wan2.1-1.3b-480p", "Wan-AI/Wan2.1-T2V-14B-Diffusers"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dualparal.errors import PresetError, RequestError
+from dualparal.method.sampler import SamplerFactory
 from dualparal.presets import Limits, Preset, complete, find_preset, load_preset, load_presets
 from dualparal.request import MAX_PROMPT_CHARS, GenerationRequest
 
@@ -70,6 +71,28 @@ def test_wan_preset(name: str) -> None:
     complete(GenerationRequest(prompt="x", seconds=300, height=preset.width, width=preset.height), preset, boundary_ratio=0.5)
     with pytest.raises(RequestError, match="limit"):
         complete(GenerationRequest(prompt="x", seconds=301), preset, boundary_ratio=0.5)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, preset in SHIPPED.items() if preset.loras))
+def test_a_preset_for_few_steps_is_its_models_own_but_for_what_was_distilled(name: str) -> None:
+    fast, plain = SHIPPED[name], SHIPPED[name.replace("-fast", "")]
+    changed = {field for field in type(fast).model_fields if getattr(fast, field) != getattr(plain, field)}
+    assert changed - {"guidance_scale_2", "flow_shift", "solver"} == {
+        "name", "title", "loras", "num_inference_steps", "guidance_scale"
+    }  # fmt: skip
+    assert find_preset(fast.model) == SHIPPED[sorted(n for n, p in SHIPPED.items() if p.model == fast.model and not p.loras)[0]]
+    settings = complete(GenerationRequest(prompt="x"), fast, num_experts=2 if fast.boundary_ratio else 1)
+    assert not settings.has_guidance and settings.guidance_scale_2 == 1 and settings.loras == fast.loras
+    sampler = SamplerFactory(
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, num_steps=settings.num_inference_steps,
+        flow_shift=settings.flow_shift, device="cpu", solver=settings.solver,
+    )  # fmt: skip
+    if "14b" in name:
+        assert sampler.timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625])
+        assert sampler.experts(settings.boundary_ratio) == ((0, 0, 1, 1) if "a14b" in name else (0, 0, 0, 0))
+    said = [lora.split(":")[0] for lora in fast.loras if ":" in lora]
+    assert said == (["high", "low"] if "a14b" in name else [])
+    assert complete(GenerationRequest(prompt="x", loras=[]), fast, num_experts=2, boundary_ratio=0.5).loras == ()
 
 
 @pytest.mark.parametrize(

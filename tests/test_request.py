@@ -35,7 +35,7 @@ CHOICES = {
     "context": ["recomputed", "cached", "auto"],
     "solver": ["unipc", "euler", "dpm++"],
 }
-NUMBERS = [name for name in OPTIONAL if name not in (*TEXT, *CHOICES, "micro_batches", "shots", "start_image")]
+NUMBERS = [name for name in OPTIONAL if name not in (*TEXT, *CHOICES, "micro_batches", "shots", "start_image", "loras")]
 # field: (values that are fine, values that are not)
 RANGES: dict[str, tuple[list[object], list[object]]] = {
     "latents_num": ([1, 40, MAX_LATENTS, 40.0], [0, -1, MAX_LATENTS + 1, 1.5]),
@@ -286,6 +286,7 @@ def test_everything_is_filled_from_the_preset() -> None:
         "left_context": "latest",
         "micro_batches": False, "cache_interval": 1, "cache_order": 1, "disable_cache_before_step": 3,
         "disable_cache_after_step": None, "model": "Wan-AI/Some", "shots": None, "start_image": None,
+        "loras": (),
     }  # fmt: skip
     assert settings.num_frames == 81
     assert complete(settings.as_request(), preset) == settings
@@ -298,6 +299,17 @@ def test_a_field_is_written_once() -> None:
     assert set(GenerationRequest.model_fields) == set(Settings.model_fields) - NOT_ASKED | lengths
     for name in set(GenerationRequest.model_fields) - lengths:
         assert GenerationRequest.model_fields[name].description == Settings.model_fields[name].description
+
+
+def test_loras_are_a_list_of_names() -> None:
+    assert GenerationRequest(prompt="x", loras=[" a:0.5 ", "high:b"]).loras == ("a:0.5", "high:b")
+    assert GenerationRequest(prompt="x", loras=["none"]).loras == GenerationRequest(prompt="x", loras=[]).loras == ()
+    for bad in ("a", [5], [""], ["a"] * 17, ["x" * 1001], ["a\0"], {"a": 1}, 5, [["a"]], True):
+        assert refused(prompt="x", loras=bad).field == "loras"
+    preset = Preset(loras=("a",))
+    chosen = [complete(GenerationRequest(prompt="x", loras=given), preset).loras for given in (None, [], ["b"])]
+    assert chosen == [("a",), (), ("b",)]
+    assert complete(complete(GenerationRequest(prompt="x"), Preset()).as_request(), preset).loras == (), "stored is stored"
 
 
 NONE_HAS_A_MEANING = {

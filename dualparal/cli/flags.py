@@ -57,8 +57,8 @@ def add_fields(
         beside = dict(typing.cast(dict[str, Any], info.json_schema_extra or {}))
         flags = beside.get("flags", [])
         keywords: dict[str, Any] = {
-            "help": _help(info, (defaults or {}).get(name, info.default)),
-            "dest": name,
+            "help": _help(info, (defaults or {}).get(name, info.default), beside.get("unit")),
+            "dest": _dest(name, info),
             "default": None,
         }
         if info.annotation is bool:
@@ -68,14 +68,14 @@ def add_fields(
             continue
         if name in required:
             keywords["required"] = True
-        if typing.get_origin(info.annotation) is tuple:
+        if _is_list(info):
             keywords["action"] = "append"
         if choices := choices_of(info.annotation):
             keywords["choices"] = choices
         else:
             keywords["type"] = functools.partial(_value, model, name, info, beside.get("unit"))
             keywords["metavar"] = beside.get("metavar") or (name.upper() if _kind(info) in (str, Path) else "N")
-        shown = flags if "flags" in beside and model is EngineOptions else [name, *flags]
+        shown = flags if "flags" in beside and (model is EngineOptions or "dest" in beside) else [name, *flags]
         _add(add, shown[0], shown[1:], **keywords)
 
 
@@ -84,7 +84,21 @@ def _add(add: Add, name: str, others: Iterable[str] = (), **keywords: Any) -> No
     add(f"--{name}", *(f"--{other}" for other in others), **keywords)
 
 
-def _help(info: FieldInfo, default: Any) -> str:
+def _is_list(info: FieldInfo) -> bool:
+    """Whether a field's flag may be given several times: a list, or one or None."""
+    kind: Any = info.annotation
+    others = [one for one in typing.get_args(kind) if one is not type(None)] if typing.get_origin(kind) is not tuple else [kind]
+    return len(others) == 1 and typing.get_origin(others[0]) is tuple
+
+
+def _dest(name: str, info: FieldInfo) -> str:
+    """Where a field's flag puts its value."""
+    return str(typing.cast(dict[str, Any], info.json_schema_extra or {}).get("dest", name))
+
+
+def _help(info: FieldInfo, default: Any, unit: int | None = None) -> str:
+    if unit and default:
+        default = f"{default / unit:g}"
     has_default = default is not None and default is not False and default != () and not info.is_required()
     text = f"{info.description}" + (f" (default: {default})" if has_default else "")
     return text.replace("%", "%%")
@@ -125,7 +139,7 @@ def _value(model: type[BaseModel], name: str, info: FieldInfo, unit: int | None,
 
 def given(model: type[BaseModel], options: argparse.Namespace) -> dict[str, Any]:
     """The fields of `model` that flags gave."""
-    found = {name: getattr(options, name, None) for name in model.model_fields}
+    found = {name: getattr(options, _dest(name, info), None) for name, info in model.model_fields.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

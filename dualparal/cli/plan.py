@@ -18,6 +18,7 @@ from dualparal.limits import wait_passively
 from dualparal.method.schedule import Schedule
 from dualparal.options import AUTO_SPLIT, EngineOptions, of
 from dualparal.planning.calibration import load_speed, store_speed
+from dualparal.planning.idle import idle_ranks
 from dualparal.planning.job_plan import JobPlan, fastest_layers, plan_job, settle_text_encoder
 from dualparal.planning.layer_split import split_layers
 from dualparal.planning.memory_table import format_plan, gigabytes
@@ -46,9 +47,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 def run_plan(options: argparse.Namespace) -> int:
     """Print the plan; 0 when it fits, 1 when not."""
     from dualparal.model.known import find_sizes
+    from dualparal.model.lora_shelf import LoraShelf
+    from dualparal.model.part_shapes import transformer_shapes
 
     name, preset = find_asked(options)
     model = find_sizes(name, preset)
+    model = replace(model, lora_elements=LoraShelf(None, model.num_experts, transformer_shapes(model.config)).elements)
     placement = _placement(options, preset, model)
     asked = GenerationRequest(**{"prompt": USUAL.prompt, **given(GenerationRequest, options)})
     speed, source = _speed(options, asked, preset, model, placement)
@@ -101,6 +105,7 @@ def describe(plan: JobPlan, speed_source: str, split_source: str = "") -> str:
         f"(text encoder, VAE in {placement.vae_dtype}) on "
         f"{where if placement.on_gpu else 'the CPU'}; the text encoder {text}",
         *([f"auto: {request.chosen}"] if request.chosen else []),
+        *([f"note: {idle}"] if (idle := idle_ranks(request, ranks)) else []),
         "",
         format_plan(plan.memory),
     ]

@@ -32,6 +32,7 @@ from dualparal.jobs.job import Job
 from dualparal.jobs.queue import JobQueue
 from dualparal.jobs.storage import Storage
 from dualparal.messages import RunJob
+from dualparal.model.lora_shelf import LoraShelf
 from dualparal.options import EngineOptions
 from dualparal.paths import check_can_write
 from dualparal.planning.job_plan import JobPlan
@@ -226,6 +227,7 @@ class Engine:
         """
         settings = self.resolve(request)
         settings, picture = with_picture(settings)
+        settings, loras = self._setup.with_loras(settings)
         if (refusal := self.plan(settings, is_short=True).refusal) is not None:
             raise RequestError(refusal, "num_per_block")
         noise = checked_noise(latents, settings, self.checkpoint)
@@ -243,10 +245,17 @@ class Engine:
             self._check_open()
             folder = create_job(
                 self.outputs, job_id, settings, preset=self.preset.name, owner=owner, layers=self.layers,
-                export_images=export_images, has_tensors=has_tensors, start_image=picture, **self._setup.made_with(),
+                export_images=export_images, has_tensors=has_tensors, start_image=picture, **self._setup.made_with(loras),
             )  # fmt: skip
-            run = RunJob(folder.job_id, settings, str(folder.path), return_latents, export_images, noise, cond, uncond)
+            run = RunJob(
+                folder.job_id, settings, str(folder.path), return_latents, export_images, noise, cond, uncond, loras=loras
+            )
             return self._add_new(run, folder, owner)
+
+    @property
+    def shelf(self) -> LoraShelf:
+        """The LoRAs that requests may name."""
+        return self._setup.shelf
 
     @property
     def can_compare(self) -> bool:
@@ -268,6 +277,8 @@ class Engine:
             raise RequestError("plain Wan takes one prompt; compare a film without shots", "shots")
         if settings.start_image is not None:
             raise RequestError("plain Wan takes no picture; compare a film that begins without one", "start_image")
+        if settings.loras:
+            raise RequestError("plain Wan is compared as it is; compare a video without LoRAs", "loras")
         if self._is_started:
             check_fits(self.plan(settings, is_short=True), self._setup.sizes, num_replicas=self.num_replicas)
         self._admission.check(settings)

@@ -14,6 +14,7 @@ from dualparal.jobs.folder import JobFolder, find_job
 from dualparal.jobs.job import Job
 from dualparal.jobs.recovery import check_can_go_on, cut_off, warn_of_other_bits
 from dualparal.messages import RunJob
+from dualparal.model.lora_shelf import from_record
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +48,18 @@ class Resumption:
         known = self._dispatcher.get(folder.job_id)
         if known is not None and not known.has_ended:
             raise RequestError(f"job {folder.job_id} has not ended; there is nothing to resume", "job_id")
-        check_can_go_on(folder, self._setup.made_with(), anyway=anyway)
+        loras = from_record(folder.record().get("with_loras"))
+        check_can_go_on(folder, self._setup.made_with(loras), anyway=anyway)
 
     def _go_on(self, folder: JobFolder, return_latents: bool = False, anyway: bool = False) -> Job:
         with self._lock:
             self._check(folder, anyway)
-            warn_of_other_bits(folder, self._setup.made_with())
-            folder.forget_stop()
             record = folder.record()
+            loras = from_record(record.get("with_loras"))
+            warn_of_other_bits(folder, self._setup.made_with(loras))
+            folder.forget_stop()
             run = RunJob(
                 folder.job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")),
-                is_resumed=True,
+                is_resumed=True, loras=loras,
             )  # fmt: skip
             return self._admission.queue(run, folder, str(record.get("owner", "")))

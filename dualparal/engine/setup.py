@@ -9,19 +9,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dualparal.devices import bytes_per_device, check_dtype, is_on_gpu, place, place_hosts
+from dualparal.errors import RequestError
 from dualparal.hosts.torchrun import Team, settle_ranks
 from dualparal.limits import default_threads
 from dualparal.media.ffmpeg import check_ffmpeg
 from dualparal.messages import WorkerOptions
 from dualparal.model.attention_backends import check_attention
-from dualparal.model.fingerprint import fingerprints
+from dualparal.model.fingerprint import fingerprints, of_loras
 from dualparal.model.known import sizes_of
 from dualparal.model.lora_file import check_loras
-from dualparal.model.lora_source import find_loras
+from dualparal.model.lora_shelf import LoraShelf, as_record, spec_of
+from dualparal.model.lora_source import Lora, find_loras
 from dualparal.model.part_shapes import transformer_shapes
 from dualparal.model.source import find_checkpoint
 from dualparal.options import AUTO_SPLIT, EngineOptions
@@ -33,7 +36,7 @@ from dualparal.planning.proposals import first_proposal
 from dualparal.planning.room import settle
 from dualparal.planning.sizes import DiTSizes
 from dualparal.presets import FLOW_SHIFT, USUAL, Preset, find_preset, model_name, weights_of
-from dualparal.request import GenerationRequest, Settings
+from dualparal.request import MAX_LORAS, GenerationRequest, Settings
 
 log = logging.getLogger(__name__)
 KNOWN_PLANS = 32
@@ -75,11 +78,15 @@ class EngineSetup:
             vae_dtype=asked.vae_dtype or self.preset.vae_dtype,
             threads=asked.threads or default_threads(local_ranks * asked.replicas),
         )  # fmt: skip
-        check_loras(loras, self.num_experts, transformer_shapes(self.checkpoint.config("transformer")))
+        shapes = transformer_shapes(self.checkpoint.config("transformer"))
+        check_loras(loras, self.num_experts, shapes)
+        self.shelf = LoraShelf(asked.lora_folder, self.num_experts, shapes)
+        self._compiles = asked.compile
         if on_gpu:
             check_dtype(str(settled.dtype))
+        self.find_loras(self.preset.loras)  # downloaded now rather than with the first video
         self.files = fingerprints(self.checkpoint, loras)  # now, as they are about to be loaded
-        self.sizes = sizes_of(self.checkpoint)
+        self.sizes = dataclasses.replace(sizes_of(self.checkpoint), lora_elements=self.shelf.elements)
         self.placement = Placement.of(
             settled, layers=tuple(len(stage) for stage in layers), bytes_per_device=bytes_per_device(settled.device),
             codec_rank=devices.index(codec_device) if on_gpu and codec_device in devices else None,
@@ -102,6 +109,19 @@ class EngineSetup:
             boundary_ratio=self.checkpoint.boundary_ratio, flow_shift=self.checkpoint.flow_shift,
             speed=self.speed if is_away else None, host_bytes=bytes_per_device("cpu") if is_away else None,
         )  # fmt: skip
+
+    def find_loras(self, specs: Sequence[str]) -> tuple[Lora, ...]:
+        """The LoRAs of a request. Raises `RequestError` for those that cannot be used here."""
+        if specs and self._compiles:
+            raise RequestError("loras of a video do not go with --compile; give them to the engine with --lora", "loras")
+        return self.shelf.find(specs)
+
+    def with_loras(self, settings: Settings) -> tuple[Settings, tuple[Lora, ...]]:
+        """`settings` that name their LoRAs without telling where they lie, and the files. Raises `RequestError`."""
+        loras = self.find_loras(settings.loras)
+        if len(loras) > MAX_LORAS:
+            raise RequestError(f"loras are {len(loras)} files; a video takes at most {MAX_LORAS}", "loras")
+        return settings.model_copy(update={"loras": tuple(spec_of(lora) for lora in loras)}), loras
 
     def plan(self, request: GenerationRequest | Settings, *, is_short: bool = False) -> JobPlan:
         """What `request` needs of this engine's devices: bytes, and times once `plan --calibrate` has been run on them.
@@ -146,6 +166,11 @@ class EngineSetup:
         log.info("layer_split=auto: %s layers per rank, by %s", ",".join(map(str, counts)), by)
         return split_layers(self.checkpoint.num_layers, self.ranks, counts)
 
-    def made_with(self) -> dict[str, Any]:
-        """What a job's record says of the engine that makes it, as far as bits depend on it."""
-        return {"model": str(self.checkpoint.folder), "files": self.files, **self.options.engine.record()}
+    def made_with(self, loras: Sequence[Lora] = ()) -> dict[str, Any]:
+        """What a job's record says of the engine that makes it, as far as bits depend on it, and of the job's own `loras`."""
+        try:
+            files = self.files | of_loras(loras)
+        except OSError as error:
+            raise RequestError(f"loras: {Path(error.filename).name} cannot be read: {error.strerror}", "loras") from None
+        own = {"with_loras": as_record(loras)} if loras else {}
+        return {"model": str(self.checkpoint.folder), "files": files, **own, **self.options.engine.record()}

@@ -24,10 +24,14 @@ def fingerprint(*folders: Path) -> str:
 def fingerprints(checkpoint: Checkpoint, loras: Sequence[Lora] = ()) -> dict[str, str]:
     """A fingerprint of each part of the checkpoint and of each LoRA, by name. Raises `CheckpointError`."""
     try:
-        found = {part: fingerprint(checkpoint.folder / part) for part in checkpoint.parts}
-        return found | {f"LoRA {lora.name}": _of_files([Path(lora.file)]) for lora in loras}
+        return {part: fingerprint(checkpoint.folder / part) for part in checkpoint.parts} | of_loras(loras)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}; the download is incomplete") from None
+
+
+def of_loras(loras: Sequence[Lora]) -> dict[str, str]:
+    """A fingerprint of each LoRA, by name. Raises OSError."""
+    return {f"LoRA {lora.name}": _of_files([Path(lora.file)]) for lora in loras}
 
 
 def _of_files(files: Iterable[Path]) -> str:

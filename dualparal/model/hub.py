@@ -69,6 +69,22 @@ def download_file(repo_id: str, name: str) -> Path:
     return _ask(repo_id, None, ask)
 
 
+def at_hand(name: str) -> Path | None:
+    """The file `owner/name/path/in/it` where it was downloaded before; asks nobody."""
+    owner, _, rest = name.partition("/")
+    repo, _, inside = rest.partition("/")
+    if not (owner and repo and inside):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(f"{owner}/{repo}", inside)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def list_files(repo_id: str) -> list[str]:
     """Names of all files of a repository; of those on this host when the hub cannot be asked."""
 

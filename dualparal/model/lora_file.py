@@ -96,9 +96,17 @@ def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 
-@lru_cache(maxsize=16)
 def read_lora(path: str, name: str) -> LoraFile:
     """What a file holds, in diffusers' names. Raises `CheckpointError` naming the first key that cannot be merged."""
+    try:
+        stat = Path(path).stat()
+    except OSError as error:
+        raise CheckpointError(f"LoRA {name} cannot be read: {error.strerror}; put it back or leave it out") from None
+    return _read_lora(path, name, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@lru_cache(maxsize=64)
+def _read_lora(path: str, name: str, version: tuple[int, ...]) -> LoraFile:
     tensors = pair_scales(read_header(Path(path)))
     if not tensors:
         raise CheckpointError(f"{name} is empty: it holds no LoRA")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,24 +53,29 @@ class Lora:
         return f"{self.said}:{self.name}:{self.scale:g}" if self.said else f"{self.name}:{self.scale:g}"
 
 
-def find_loras(specs: Sequence[str], num_experts: int) -> tuple[Lora, ...]:
+def find_loras(specs: Sequence[str], num_experts: int, known: Mapping[str, Path] | None = None) -> tuple[Lora, ...]:
     """The LoRA files of `specs`, in order; a folder or hub repository with one file for each expert gives two.
 
     A spec is a file, a folder, `owner/name` on the hub, or `owner/name/path/in/it.safetensors`, each with `high:` or `low:`
-    before it or not, and `:scale` behind it or not. A file whose expert was not said is for the one its name speaks of, else
-    for all; the log tells which. Raises `RequestError`, `CheckpointError`.
+    before it or not, and `:scale` behind it or not; a name of `known` is its file. A file whose expert was not said is for the
+    one its name speaks of, else for all; the log tells which. Raises `RequestError`, `CheckpointError`.
     """
     if isinstance(specs, str):
         raise RequestError(f"loras={specs!r} is one text; give a list of them", "loras")
     found: list[Lora] = []
     for spec in specs:
-        said, rest = _split_expert(str(spec))
+        name = name_among(str(spec), known or {})
+        said, rest = _split_expert(str(spec)) if name is None else _around(str(spec), name)
         if said and num_experts == 1:
             raise RequestError(f"lora={spec!r}: this model has one expert; leave {said}: out", "loras")
-        name, scale = _split_scale(rest)
+        files: list[tuple[str, Path, str]] | None = None
+        if name is None:
+            name, scale = _split_scale(rest)
+        else:
+            scale, files = _scale_in(str(spec), name, rest or "1"), [(name, (known or {})[name], name)]
         if scale == 0:
             log.warning("LoRA %s has the scale 0 and changes nothing", name)
-        for one, file, inside in _files(name, said):
+        for one, file, inside in files or _files(name, said):
             if file.suffix != ".safetensors":
                 raise CheckpointError(f"{one} is not a safetensors file; only safetensors are read, convert it first")
             experts = _experts(one, inside, said, num_experts)
@@ -104,15 +109,37 @@ def _split_scale(spec: str) -> tuple[str, float]:
     name, colon, text = spec.rpartition(":")
     if not colon or os.path.exists(os.path.expanduser(spec)):
         return spec, 1.0
+    if re.search(r"[/\\]|\.safetensors$", text):  # a path of another system, such as C:\lora.safetensors
+        return spec, 1.0
+    return name, _scale_in(spec, name, text)
+
+
+def _scale_in(spec: str, name: str, text: str) -> float:
     try:
         scale = float(text)
     except ValueError:
-        if re.search(r"[/\\]|\.safetensors$", text):  # a path of another system, such as C:\lora.safetensors
-            return spec, 1.0
         raise RequestError(f"lora={spec!r}: {text!r} is not a scale; write e.g. {name or 'file'}:0.8", "loras") from None
     if not -100 <= scale <= 100:  # nan is refused too
         raise RequestError(f"lora={spec!r}: a scale is a number from -100 to 100", "loras")
-    return name, scale
+    return scale
+
+
+def name_among(spec: str, names: Container[str]) -> str | None:
+    """The one of `names` that `spec` has, with or without an expert before and a scale behind it; asks no file system."""
+    said, colon, rest = spec.partition(":")
+    for inner in (spec, rest if colon and said.lower() in EXPERTS else ""):
+        for name in (inner, inner.rpartition(":")[0]):
+            if name and name in names:
+                return name
+    return None
+
+
+def _around(spec: str, name: str) -> tuple[str, str]:
+    """What stands before (an expert, or "") and behind (a scale, or "") a `name` that `name_among` found."""
+    if spec == name or spec.rpartition(":")[0] == name:
+        return "", spec[len(name) + 1 :]
+    said, _, rest = spec.partition(":")
+    return said.lower(), rest[len(name) + 1 :]
 
 
 def _files(name: str, said: str) -> list[tuple[str, Path, str]]:

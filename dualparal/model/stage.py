@@ -17,10 +17,11 @@ from diffusers import WanTransformer3DModel
 
 from dualparal.method.schedule import Context, Item, Schedule
 from dualparal.method.timeline import TextsAtHand
-from dualparal.model.checkpoint import DTYPES, load_transformer_share
+from dualparal.model.checkpoint import DTYPES, keeps_float32, load_transformer_share
 from dualparal.model.feature_cache import CrossAttention, KeyValue, SelfAttention, Surroundings
 from dualparal.model.host_cache import CacheMover, HostCache
 from dualparal.model.layout import Checkpoint
+from dualparal.model.lora_beside import LorasBeside
 from dualparal.model.lora_source import Lora
 from dualparal.model.low_memory import Handover, Layers, offload_layers
 from dualparal.model.speedups import compile_layers, use_attention
@@ -66,10 +67,12 @@ class Stage:
         quantization: str | None = None,
         is_offloaded: bool = False,
         is_cache_offloaded: bool = False,
+        lora_cache_bytes: int = 0,
     ) -> None:
         """`attention` is a backend of diffusers' dispatcher, `is_compiled` runs the layers through torch.compile,
         `quantization` (fp8, int8) stores their weights in 8 bits: all three change bits. `is_offloaded` layers wait in host
-        memory, and with `is_cache_offloaded` so do K and V between a block's pass and its right neighbour's. Raises
+        memory, and with `is_cache_offloaded` so do K and V between a block's pass and its right neighbour's. `loras` are
+        merged for good; of those of single jobs (`use_loras`) `lora_cache_bytes` are kept in host memory. Raises
         `CheckpointError` for a bad file, `RequestError` for a backend that is not to be had."""
         self.layers = layers
         self.device = torch.device(device)
@@ -90,6 +93,7 @@ class Stage:
             )
             for component in checkpoint.transformers
         ]
+        self._beside = LorasBeside(self.models, self._dtype_of, self.device, lora_cache_bytes)
         config = checkpoint.config("transformer")
         self.patch_size: tuple[int, int, int] = tuple(config.get("patch_size", (1, 2, 2)))
         self.dim = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
@@ -121,6 +125,14 @@ class Stage:
         self._tails: dict[tuple[int, int | None], MutableMapping[int, KeyValue]] = {}
         self._mover = CacheMover(self.device) if is_cache_offloaded else None
         self._cond: torch.Tensor | None = None
+
+    def _dtype_of(self, key: str) -> torch.dtype:
+        return torch.float32 if keeps_float32(key) else self.dtype
+
+    def use_loras(self, loras: Sequence[Lora]) -> None:
+        """Run from now on with these LoRAs beside the weights, and no others; before `embed_conditions`. Raises
+        `CheckpointError` for a file that cannot be used."""
+        self._beside.use(loras)
 
     def embed_conditions(self, timesteps: torch.Tensor, texts: Sequence[Sequence[torch.Tensor]]) -> list[Conditions]:
         """Time and text projections of every expert, on the CPU (they are sent to all ranks). First stage only.

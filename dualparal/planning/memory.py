@@ -73,6 +73,7 @@ def memory_plan(
     quantization: str | None = None,
     is_offloaded: bool = False,
     is_cache_offloaded: bool = False,
+    lora_elements: int = 0,
 ) -> MemoryPlan:
     """The memory of every rank for `workload` at `height` x `width` pixels.
 
@@ -80,7 +81,7 @@ def memory_plan(
     default to UMT5-XXL in `dtype` and Wan's VAE in `vae_dtype`, which also decides the room that decoding takes. `num_texts`:
     different texts that blocks in flight listen to. `quantization`: fp8 or int8. `is_offloaded`: layers wait in host memory,
     two at a time are on the device; `is_cache_offloaded`: so do the K and V of left neighbours, `CACHED_LAYERS_ON_DEVICE`
-    layers of one block's at a time.
+    layers of one block's at a time. `lora_elements`: numbers of the video's LoRAs, all layers and experts together.
     """
     sizes, schedule, width_bytes = workload.sizes, workload.schedule, DTYPE_BYTES[dtype]
     ends = [sum(workload.layers[: rank + 1]) for rank in range(len(workload.layers))]
@@ -96,6 +97,7 @@ def memory_plan(
     ranks = tuple(
         RankMemory(
             weights=_weights_bytes(sizes, stage, dtype, quantization, num_experts, is_offloaded),
+            loras=-(-lora_elements * len(stage) // sizes.num_layers) * width_bytes,
             feature_cache=cached.on_device(len(stage)) * per_cached_frame,
             activations=peak,
             messages=_messages(rank, len(stages)) * message,

@@ -10,6 +10,7 @@ class RankMemory:
     """Bytes that one rank holds at its worst moment, by kind."""
 
     weights: int
+    loras: int = 0  # of the video, which run beside the weights
     feature_cache: int  # K and V for neighbouring blocks
     activations: int  # the worst moment inside a layer
     messages: int  # activations received, awaited and being sent

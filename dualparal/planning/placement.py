@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dualparal.options import EngineOptions
-from dualparal.planning.sizes import DTYPE_BYTES, PUBLISHED_MODELS, VAE_PARAMETERS, umt5_float32_parameters, umt5_parameters
+from dualparal.planning.sizes import (
+    DTYPE_BYTES,
+    PUBLISHED_MODELS,
+    USUAL_RANK,
+    VAE_PARAMETERS,
+    DiTSizes,
+    umt5_float32_parameters,
+    umt5_parameters,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +27,16 @@ class ModelSizes:
     text_parameters: int = umt5_parameters()
     text_float32_parameters: int = umt5_float32_parameters()  # of these, where the others are float16
     vae_parameters: int = VAE_PARAMETERS
+    lora_elements: Callable[[Sequence[str]], int | None] = field(default=lambda loras: None, compare=False)
+
+    def elements_of(self, loras: Sequence[str]) -> int:
+        """Numbers in all that a video's LoRAs hold; of those that are not here as if of `USUAL_RANK`, for every expert."""
+        if not loras:
+            return 0
+        sizes = DiTSizes.of(self.config)
+        known = self.lora_elements(loras)
+        times = sum(1 if spec.startswith(("high:", "low:")) else self.num_experts for spec in loras)
+        return sizes.lora_elements(USUAL_RANK) * times if known is None else known
 
     def text_bytes(self, dtype: str) -> int:
         """Bytes of the text encoder in `dtype`."""

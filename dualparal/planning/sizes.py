@@ -13,6 +13,7 @@ from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 VAE_SPATIAL_FACTOR = 8
+USUAL_RANK = 64  # of a LoRA whose file is not here to be read
 VAE_PARAMETERS = 126_892_531  # of every published Wan 2.1 VAE, which Wan2.2-A14B uses too
 
 _PUBLISHED = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096,
@@ -121,6 +122,10 @@ class DiTSizes:
         square, long = self.dim * self.dim * width, self.dim * self.ffn_dim * width
         rounding = 8 * (pinned_bytes(square) - square) + 2 * (pinned_bytes(long) - long)
         return self.layer.num_bytes(dtype, quantization) + rounding
+
+    def lora_elements(self, rank: int) -> int:
+        """Numbers of a LoRA of all linear layers of all layers."""
+        return rank * self.num_layers * (8 * 2 * self.dim + 2 * (self.dim + self.ffn_dim))
 
     @property
     def first_stage(self) -> Parameters:

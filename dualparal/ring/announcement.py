@@ -16,9 +16,10 @@ from dualparal.messages import JobSpec
 from dualparal.method.plan import BlockPlan
 from dualparal.method.schedule import Rules
 from dualparal.method.step_cache import StepCache
+from dualparal.model.lora_source import Lora
 from dualparal.model.stage import Conditions, JobShape
 
-KINDS: dict[str, type] = {kind.__name__: kind for kind in (JobSpec, Rules, BlockPlan, StepCache, JobShape, Conditions)}
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (JobSpec, Rules, BlockPlan, StepCache, JobShape, Conditions, Lora)}
 KEY = "announcement"
 
 

@@ -169,6 +169,7 @@ class Coordinator:
         if notice:
             log.warning(notice)
             self._uplink.send(replace(started, notice=notice))
+        self._stage.use_loras(job.loras)
         start = start_latents(job, lambda picture: self._encoding.picture(job, picture, timings, check_stop))
         self._to_codec.put(OpenVideo(job, *_px(request)))
         started_s = time.monotonic()
@@ -185,6 +186,7 @@ class Coordinator:
             JobShape(height, width, 1 + len(uncond), guidance, to_hear.of_block),
             self._stage.embed_conditions(samplers.timesteps, [[texts[0], *uncond]]),
             start=state.next_index if state else 0,
+            loras=job.loras,
         )
         schedule = make_schedule(spec.rules, plan, spec.experts)
         self._links.broadcast(spec)

@@ -51,7 +51,7 @@ def rank_main(
             checkpoint, options.layers[rank], dtype=str(options.engine.dtype), device=options.devices[rank],
             loras=options.loras, attention=options.engine.attention, is_compiled=options.engine.compile,
             quantization=options.engine.quantization, is_offloaded=options.engine.offload,
-            is_cache_offloaded=options.engine.offload_cache,
+            is_cache_offloaded=options.engine.offload_cache, lora_cache_bytes=options.engine.lora_cache_bytes,
         )  # fmt: skip
         find = MapFinder(checkpoint, cache_folder() / CACHE)
         parts = call_hook(options, rank=rank, stage=stage, links=links, uplink=uplink, requests=requests, find_map=find)

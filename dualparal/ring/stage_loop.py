@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from dualparal.logs import working_on
 from dualparal.messages import JobSpec, Span
 from dualparal.method.schedule import Item, Schedule, make_schedule
+from dualparal.model.lora_source import Lora
 from dualparal.model.stage import Conditions, JobShape
 from dualparal.ring.texts import TextTrips
 from dualparal.ring.transport import GO, TURN, Links, pack, text_in, unpack
@@ -29,6 +30,7 @@ class RunsItems(Protocol):
     is_last: bool
     dtype: torch.dtype
 
+    def use_loras(self, loras: Sequence[Lora]) -> None: ...
     def begin(self, shape: JobShape, schedule: Schedule, conditions: list[Conditions]) -> None: ...
     def turn(self, shape: JobShape, schedule: Schedule, conditions: list[Conditions]) -> None: ...
     def end(self) -> None: ...
@@ -46,6 +48,7 @@ def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span
             return
         working_on(spec.job_id)
         schedule = make_schedule(spec.rules, spec.plan, spec.experts)
+        stage.use_loras(spec.loras)
         (stage.turn if spec.is_turn else stage.begin)(spec.shape, schedule, spec.conditions)
         spans = SpanLog(f"stage {links.rank}", functools.partial(report, spec.job_id))
         trips = TextTrips(spec.shape, schedule, spec.conditions)

@@ -17,6 +17,7 @@ from dualparal.events import Finished, Progress
 from dualparal.jobs.folder import JobFolder, list_jobs
 from dualparal.jobs.history import fold
 from dualparal.method.rules import plan_of
+from dualparal.planning.idle import idle_ranks
 from dualparal.planning.learnt import MadeJob, Pace, learn_pace
 from dualparal.presets import restore
 from dualparal.request import Settings
@@ -33,7 +34,8 @@ KNOWN_REQUESTS = 256
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Costs of one completed request: it begins in `wait_s` and then takes `time_s`. None means not known. `refusal` is
-    a sentence when it cannot run here; `chosen` says why auto chose schedule and context, or nothing."""
+    a sentence when it cannot run here; `chosen` says why auto chose schedule and context, `idle` that ranks will wait, or
+    nothing."""
 
     num_frames: int
     seconds: float
@@ -44,6 +46,7 @@ class Estimate:
     bytes_per_rank: int | None = None
     refusal: str | None = None
     chosen: str = ""
+    idle: str = ""
 
 
 class _Costs(NamedTuple):
@@ -80,6 +83,7 @@ class Estimator:
             num_frames=num_frames, seconds=num_frames / request.fps, num_blocks=num_blocks,
             num_items=num_blocks * request.num_inference_steps, time_s=self.time_s(request), wait_s=wait_s,
             bytes_per_rank=plan.bytes_per_rank, refusal=plan.refusal, chosen=request.chosen,
+            idle=idle_ranks(request, self._engine.ranks),
         )  # fmt: skip
 
     def time_s(self, request: Settings) -> float | None:

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 NAMES = (
     "prompt", "negative_prompt", "preset", "seconds", "seed", "pace", "num_inference_steps", "guidance_scale",
     "guidance_scale_2", "guidance_start", "guidance_stop", "flow_shift", "boundary_ratio", "solver", "num_per_block", "num_cat",
-    "context", "width", "height", "start_image", "stored",
+    "context", "width", "height", "start_image", "loras", "stored",
 )  # fmt: skip
 LENGTH_INFO = "More seconds take more time, hardly more memory."
 CHOICES = {"context": (AUTO, *CONTEXTS), "solver": SOLVERS}
@@ -32,6 +32,7 @@ TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
 EMPTY = {"prompt": "", "negative_prompt": None}  # what an empty box asks for
 NO_NEGATIVE = "what it should not show"
 PICTURE = "Anchor: a picture to begin with (PNG, JPEG, WebP)"
+LORAS = "Behind a name :0.8 is its strength, before it high: or low: one of two experts."
 PICTURE_AGAIN = "It began with a picture: give it again"
 
 
@@ -89,6 +90,7 @@ def build(studio: Studio) -> Form:
         gr.HTML("<details><summary>Advanced</summary></details>", apply_default_css=False)
         with gr.Column(elem_id="advanced-parts"):
             _advanced(parts, preset, at, two)
+            parts["loras"] = _loras(studio)
     return Form(parts, dice, shots, film)
 
 
@@ -109,6 +111,15 @@ def _size(parts: dict[str, Any], preset: Preset) -> None:
     with gr.Row(elem_classes="size-row"):
         for name, label in (("width", "Width"), ("height", "Height")):
             parts[name] = gr.Number(getattr(preset, name), label=label, precision=0, minimum=16, min_width=80)
+
+
+def _loras(studio: Studio) -> gr.Dropdown:
+    """Shown where there are any to choose from."""
+    names = studio.loras()
+    return gr.Dropdown(
+        names, value=list(studio.engine.preset.loras), label="LoRAs", info=LORAS, multiselect=True, allow_custom_value=True,
+        visible=bool(names), elem_id="loras",
+    )  # fmt: skip
 
 
 ADVANCED = {
@@ -224,7 +235,7 @@ def _shown(studio: Studio, settings: Settings, preset: Preset) -> dict[str, Any]
     # The slider's steps are whole latents from 0 on; a single picture lies between the first two.
     frames = settings.num_frames
     shown["seconds"] = (frames - 1 if frames > 1 else 1) / settings.fps
-    shown["seed"] = str(settings.seed)
+    shown["seed"], shown["loras"] = str(settings.seed), list(settings.loras)
     if settings.negative_prompt == preset.negative_prompt:
         shown["negative_prompt"] = ""
     return {name: at[name]["value"] if value is None else value for name, value in shown.items()}
@@ -266,6 +277,8 @@ def choose_preset(studio: Studio, preset_name: str) -> list[Any]:
             updates.append(gr.update(value=pace.of_preset(preset)))
         elif name == "stored":
             updates.append(gr.update(value=None))
+        elif name == "loras":
+            updates.append(gr.update(value=list(preset.loras)))
         elif name == "negative_prompt":
             updates.append(gr.update(placeholder=preset.negative_prompt[:80] or NO_NEGATIVE))
         elif name == "preset":

@@ -54,7 +54,7 @@ def estimate_line(estimate: Estimate) -> str:
             facts.append(f"ready in about <b>{duration(estimate.wait_s + estimate.time_s)}</b>, after those in line")
     if estimate.bytes_per_rank is not None:
         facts.append(f"<b>{size(estimate.bytes_per_rank)}</b> per stage")
-    chosen = f'<p class="chosen">{safe(estimate.chosen)}</p>' if estimate.chosen else ""
+    chosen = "".join(f'<p class="chosen">{safe(said)}</p>' for said in (estimate.chosen, estimate.idle) if said)
     notice = f'<p role="alert">{safe(estimate.refusal)}</p>' if estimate.refusal else chosen
     kind = "estimate bad" if estimate.refusal else "estimate"
     return f'<div class="{kind}"><span>{"</span><span>".join(facts)}</span>{notice}</div>'

@@ -62,10 +62,10 @@ class Studio:
         return self.engine.outputs
 
     def usable_presets(self) -> list[Preset]:
-        """The engine's own preset first, then the others for the same model (other resolutions)."""
+        """The engine's own preset first, then the others for the same model (other resolutions, other LoRAs that are here)."""
         own = self.engine.preset
         others = [p for p in self.presets.values() if p.model == own.model and p.name != own.name]
-        return [own, *others]
+        return [own, *(p for p in others if not p.loras or self.engine.shelf.is_at_hand(p.loras))]
 
     def preset(self, name: object) -> Preset:
         """The usable preset called `name`; None or '' is the engine's own. Raises `RequestError`."""
@@ -76,6 +76,10 @@ class Studio:
             return usable[name]
         shown = repr(name if len(repr(name)) < 60 else "…")
         if isinstance(name, str) and name in self.presets:
+            if self.presets[name].model == self.engine.preset.model:
+                raise RequestError(
+                    f"preset={shown} wants LoRAs that are not on this server; use {' or '.join(usable)}", "preset"
+                )
             raise RequestError(
                 f"preset={shown} is of another model than the one loaded here; use {' or '.join(usable)}", "preset"
             )
@@ -88,7 +92,9 @@ class Studio:
 
     def estimate(self, request: GenerationRequest | Settings, preset_name: object = None) -> Estimate:
         """What the request will cost, before it is submitted."""
-        return self.estimator.estimate(self.resolve(request, preset_name), wait_s=self.starts_in_s())
+        settings = self.resolve(request, preset_name)
+        self.check_loras(settings)
+        return self.estimator.estimate(settings, wait_s=self.starts_in_s())
 
     def submit(
         self, request: GenerationRequest | Settings, preset_name: object = None, *, owner: str = "", address: str = ""
@@ -96,7 +102,20 @@ class Studio:
         """Queue a job; the engine refuses with the number what cannot fit, and what is too much for the visitor's `address`
         is refused here."""
         settings = self.resolve(request, preset_name)
+        self.check_loras(settings)
         return self._queued(settings, address, lambda: self.engine.submit(settings, owner=owner))
+
+    def check_loras(self, settings: Settings) -> None:
+        """Raise `RequestError` for LoRAs that visitors may not ask for: nobody names files of this machine."""
+        if settings.loras:
+            self.engine.shelf.check_offered(settings.loras, self._loras_of_presets())
+
+    def loras(self) -> list[str]:
+        """The LoRAs that visitors may ask for."""
+        return self.engine.shelf.offered(self._loras_of_presets())
+
+    def _loras_of_presets(self) -> list[str]:
+        return [spec for preset in self.usable_presets() for spec in preset.loras]
 
     def _queued(self, request: Settings, address: str, submit: Callable[[], Job]) -> Snapshot:
         with self.visitors.submitting(address, work_of(request, self.engine.preset)) as remember:
@@ -148,6 +167,7 @@ class Studio:
         found = self.cancel(job_id, owner)
         picture = found.request.start_image and str(found.folder.start_image)
         settings = found.request.model_copy(update={"seed": secrets.randbelow(SHORT_SEEDS), "start_image": picture})
+        self.check_loras(settings)
         make = self.engine.compare if found.is_baseline else self.engine.submit
         return self._queued(settings, address, lambda: make(settings, owner=owner))
 
@@ -169,7 +189,7 @@ class Studio:
 
     def can_compare(self, found: Snapshot) -> bool:
         """Whether plain Wan can be asked for the same video."""
-        is_plain = not found.request.shots and found.request.start_image is None
+        is_plain = not found.request.shots and found.request.start_image is None and not found.request.loras
         return found.state == "finished" and self.engine.can_compare and not found.is_baseline and is_plain
 
     def compare(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:

@@ -133,7 +133,7 @@ def difference(
 
 @pytest.fixture(autouse=True)
 def forget_files() -> None:
-    lora_file.read_lora.cache_clear()
+    lora_file._read_lora.cache_clear()
 
 
 FORMATS: dict[str, Callable[[], State]] = {

@@ -64,7 +64,7 @@ def plain(folder: Path) -> State:
 
 @pytest.fixture(autouse=True)
 def forget_files() -> None:
-    lora_file.read_lora.cache_clear()
+    lora_file._read_lora.cache_clear()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -195,7 +195,7 @@ def test_settings_of_peft(tiny: Path, tmp_path: Path) -> None:
         ({"use_dora": True}, "is a DoRA"), ({"peft_type": "LOKR"}, "not a LoRA"), ({"rank_pattern": {"(": 1}}, "make no sense"),
     ):  # fmt: skip
         beside.write_text(json.dumps(settings | wrong))
-        lora_file.read_lora.cache_clear()
+        lora_file._read_lora.cache_clear()
         with pytest.raises(CheckpointError, match=says):
             merged(tiny, path)
 

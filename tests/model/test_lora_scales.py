@@ -44,7 +44,7 @@ def both_forms(name: str, end: str) -> tuple[State, State]:
 
 @pytest.fixture(autouse=True)
 def forget_files() -> None:
-    lora_file.read_lora.cache_clear()
+    lora_file._read_lora.cache_clear()
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
 from dualparal.method.sampler import SamplerFactory
 from dualparal.method.schedule import Rules, StepCache
@@ -34,8 +34,9 @@ def pipelines(tiny: Path, tiny_two: Path) -> dict[int, WanPipeline]:
 
 
 def scheduler_of(pipeline: WanPipeline, solver: str, shift: float, steps: int) -> Any:
-    if solver == "dpm++":
-        return DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=shift)
+    if solver != "euler":
+        kind = DPMSolverMultistepScheduler if solver == "dpm++" else UniPCMultistepScheduler
+        return kind.from_config(pipeline.scheduler.config, flow_shift=shift)
     euler = FlowMatchEulerDiscreteScheduler(shift=shift)
     plain = euler.set_timesteps
     sigmas = [1 - step / steps for step in range(steps)]
@@ -45,7 +46,7 @@ def scheduler_of(pipeline: WanPipeline, solver: str, shift: float, steps: int) -
 
 @pytest.mark.parametrize("experts", [1, 2])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 20])
-@pytest.mark.parametrize("solver", OTHERS)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_one_block_equals_the_pipeline(
     pipelines: dict[int, WanPipeline], tiny: Path, tiny_two: Path, solver: SolverName, steps: int, experts: int,
     monkeypatch: pytest.MonkeyPatch,

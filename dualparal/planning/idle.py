@@ -1,0 +1,21 @@
+"""What few steps mean for many ranks: blocks in flight are never more than steps, so that ranks wait. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dualparal.request import Settings
+
+
+def idle_ranks(request: Settings, num_ranks: int) -> str:
+    """One sentence when a pipeline of `num_ranks` cannot be busy with this video, else ""."""
+    num_steps = request.num_inference_steps
+    at_once = num_steps * (2 if request.micro_batches and request.has_guidance else 1)  # halves travel one by one
+    if num_ranks <= at_once:
+        return ""
+    replicas = num_ranks // at_once
+    instead = (
+        f"--ranks {at_once} --replicas {replicas} makes {replicas} videos at a time, where the layers fit"
+        if replicas > 1
+        else f"--ranks {at_once} takes no longer, where the layers fit"
+    )
+    steps, blocks = (f"{num_steps} {what}{'s' * (num_steps > 1)}" for what in ("step", "block"))
+    return f"with {steps} at most {blocks} are in flight, so about {at_once} of {num_ranks} ranks are busy: {instead}"
