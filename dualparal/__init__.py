@@ -14,6 +14,7 @@ _HOMES = {
     "GenerationRequest": "dualparal.request",
     "Settings": "dualparal.request",
     "Engine": "dualparal.engine.engine",
+    "DualParalPipeline": "dualparal.pipeline",
     "Job": "dualparal.jobs.job",
     "JobResult": "dualparal.jobs.job",
     **dict.fromkeys(
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         Steered,
     )
     from dualparal.jobs.job import Job, JobResult
+    from dualparal.pipeline import DualParalPipeline
     from dualparal.request import GenerationRequest, Settings
 
 

@@ -34,7 +34,9 @@ class JobUnderWay:
         self.items = make_schedule(rules_of(request), self.plan, (0,) * request.num_inference_steps).items
         self._steps = [0] * self.plan.num_blocks
         self._num_items = self.plan.num_blocks * request.num_inference_steps
-        self._writer = QuickWriter(Path(run.folder), width=request.width, height=request.height, fps=request.fps)
+        self._writer = QuickWriter(
+            Path(run.folder), width=request.width, height=request.height, fps=request.fps, export_images=run.export_images
+        )
         self._began_s, self._reported_s, self._spans = time.monotonic(), 0.0, list[Span]()
         self._timings = dict.fromkeys(("text_s", "denoise_s", "decode_s", "encode_s"), 0.0)
         say(

@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "dualparal"
 # From the roof down. What stands on one line may be imported by all lines above it, and by its own room.
 ROOMS = (
-    "ui", "bench", "cli", "engine", "hosts", "jobs", "ring", "messages", "model", "media", "planning", "presets", "method",
-    "options", "request", "agreement", "prompts", "events", "devices", "gpus", "limits", "paths", "errors", "files",
+    "ui", "bench", "pipeline", "cli", "engine", "hosts", "jobs", "ring", "messages", "model", "media", "planning", "presets",
+    "method", "options", "request", "agreement", "prompts", "events", "devices", "gpus", "limits", "paths", "errors", "files",
     "logs", "network", "locks", "streams", "pocket",
 )  # fmt: skip
 DOORS = ("__init__", "__main__")  # lead into every room

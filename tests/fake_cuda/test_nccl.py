@@ -1,0 +1,104 @@
+"""The programs of all ranks, as NCCL would order them: no schedule gets stuck, on independent streams and on a single queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualparal.method.plan import BlockPlan
+from dualparal.method.sampler import SamplerFactory
+from dualparal.method.schedule import Item, Rules, Schedule, make_schedule
+from dualparal.method.step_cache import StepCache
+from dualparal.ring.denoiser import Denoiser
+from dualparal.ring.stage_loop import SpanLog, run_stage
+from dualparal.ring.transport import GO, MAX_UNSENT, STOP
+from tests.fake_cuda.nccl import COMPUTE, Cards, Deadlock, NcclEdge, NcclLinks, Op, run_hosts
+
+SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+class Kernels:
+    """A stage that computes nothing: one kernel an item, which its host waits for."""
+
+    dtype = torch.float32
+
+    def __init__(self, cards: Cards, rank: int, schedule: Schedule) -> None:
+        self._cards, self._rank, self._schedule = cards, rank, schedule
+        self.is_last = rank == cards.ranks - 1
+
+    def hidden_shape(self, item: Item) -> tuple[int, int, int]:
+        return (1 if item.half is not None else 2), sum(self._schedule.window_frames(item)), 1
+
+    def prediction_shape(self, item: Item) -> tuple[int, ...]:
+        return 1, 1, self._schedule.plan.lengths[item.block], 1, 1
+
+    def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None:
+        self._cards.wait(self._cards.put(self._rank, COMPUTE, Op("kernel")))
+        if not self.is_last:
+            return torch.zeros(self.hidden_shape(item))
+        return None if item.half == 0 else torch.zeros(self.prediction_shape(item))
+
+
+def denoise(schedule: Schedule, ranks: int, *, one_queue: bool, stop_after: int | None = None) -> list[Any]:
+    """What every rank's loop returns."""
+    cards = Cards(ranks, one_queue)
+    links = [NcclLinks(cards, rank, MAX_UNSENT) for rank in range(ranks)]
+    stages = [Kernels(cards, rank, schedule) for rank in range(ranks)]
+    samplers = SamplerFactory(SOLVER, num_steps=schedule.num_steps, flow_shift=3.0, device="cpu")
+    begun = iter(range(10**9))
+    denoiser = Denoiser(
+        stages[0], links[0], schedule, samplers,  # type: ignore[arg-type]
+        (torch.zeros(1, 1, length, 1, 1) for length in schedule.plan.lengths),
+        is_stopped=lambda: stop_after is not None and next(begun) >= stop_after, on_step=lambda item: None,
+        on_block=lambda block, latents: None, spans=SpanLog("stage 0", lambda _: None),
+    )  # fmt: skip
+
+    def rest(rank: int) -> Callable[[], float]:
+        return lambda: run_stage(stages[rank], links[rank], schedule, SpanLog(f"stage {rank}", lambda _: None), None)  # type: ignore[arg-type]
+
+    return run_hosts(cards, [denoiser.run, *(rest(rank) for rank in range(1, ranks))])
+
+
+RULES = st.builds(
+    Rules, max_in_flight=st.integers(1, 6), stagger=st.integers(1, 3), left_context=st.sampled_from(["latest", "own_step"]),
+    context=st.sampled_from(["cached", "recomputed"]), micro_batches=st.booleans(), refresh=st.integers(0, 4),
+    step_cache=st.sampled_from([None, StepCache(interval=2)]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("one_queue", [False, True])
+@settings(max_examples=40, deadline=None)
+@given(
+    rules=RULES, ranks=st.integers(2, 8), num_blocks=st.integers(1, 6), num_cat=st.integers(0, 2), num_steps=st.integers(1, 7)
+)
+def test_no_schedule_gets_stuck(
+    one_queue: bool, rules: Rules, ranks: int, num_blocks: int, num_cat: int, num_steps: int
+) -> None:
+    schedule = make_schedule(rules, BlockPlan.of(2 * num_blocks, 2, num_cat), (0,) * num_steps)
+    assert denoise(schedule, ranks, one_queue=one_queue) == [True, *[GO] * (ranks - 1)]
+
+
+@pytest.mark.parametrize("one_queue", [False, True])
+@settings(max_examples=20, deadline=None)
+@given(rules=RULES, ranks=st.integers(2, 8), stop_after=st.integers(0, 20))
+def test_nor_does_a_stop(one_queue: bool, rules: Rules, ranks: int, stop_after: int) -> None:
+    schedule = make_schedule(rules, BlockPlan.of(10, 2, 1), (0,) * 5)
+    finished, *signals = denoise(schedule, ranks, one_queue=one_queue, stop_after=stop_after)
+    assert set(signals) == {GO if finished else STOP}
+
+
+def test_a_ring_whose_ranks_all_receive_before_they_work_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The instrument's own test: with the next receive posted before the work, a device of one queue works on nothing until the
+    next message is there, which rank 0 sends when it has the prediction of the present one."""
+
+    schedule = make_schedule(Rules(max_in_flight=1), BlockPlan.of(2, 2, 0), (0,) * 3)
+    assert denoise(schedule, 2, one_queue=True) == [True, GO]
+    monkeypatch.setattr(NcclEdge, "holds_up_the_device", False)
+    assert denoise(schedule, 2, one_queue=False) == [True, GO]
+    with pytest.raises(Deadlock, match="receive"):
+        denoise(schedule, 2, one_queue=True)
