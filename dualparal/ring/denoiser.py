@@ -202,7 +202,11 @@ class Denoiser:
         assert self._links.incoming is not None
         item = self._under_way.popleft()
         message = self._links.incoming.take()
-        self._apply(item, message[:-1].view(self._stage.prediction_shape(item)))
+        prediction = message[:-1].view(self._stage.prediction_shape(item))
+        if message.device.type != self._device.type:  # it came through host memory
+            prediction = prediction.to(self._device)
+            self._links.incoming.give_back(message)
+        self._apply(item, prediction)
         self._extrapolate(item.block)
 
     def _extrapolate(self, block: int) -> None:

@@ -79,7 +79,8 @@ class Buffers:
             if (buffer.numel(), buffer.dtype, buffer.device) == (num_elements, dtype, device):
                 del self._spare[index]
                 return buffer
-        return torch.empty(num_elements, dtype=dtype, device=device)
+        is_pinned = device.type == "cpu" and torch.cuda.is_initialized()  # on its way to or from a card
+        return torch.empty(num_elements, dtype=dtype, device=device, pin_memory=is_pinned)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         self._spare.append(buffer)
@@ -110,7 +111,7 @@ def text_in(message: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 class DistributedEdge:
-    """An edge over torch.distributed point-to-point messages on a process group of its own."""
+    """An edge over torch.distributed point-to-point messages on a process group of its own, which lie on `device`."""
 
     def __init__(self, peer: int, group: Any, device: torch.device, timeout_s: float) -> None:
         self._peer, self._group, self._device = peer, group, device
@@ -120,6 +121,10 @@ class DistributedEdge:
         self._posted: deque[tuple[Any, torch.Tensor]] = deque()
 
     def send(self, message: torch.Tensor) -> None:
+        if message.device.type != self._device.type:
+            given, message = message, _buffers.take(message.numel(), message.dtype, self._device)
+            message.copy_(given)
+            _buffers.give_back(given)
         # The peer always has the receive of the oldest one posted, so this waits for its work, never for ours.
         while len(self._sent) >= MAX_UNSENT:
             self._await_oldest()
@@ -157,9 +162,16 @@ class DistributedEdge:
             raise WorkerDied(f"rank {self._peer} is gone or did not answer in {self._timeout.total_seconds():.0f} s") from error
 
 
+def edge_device(source: int, ranks: int, device: torch.device) -> torch.device:
+    """Where the messages lie that rank `source` sends: on its `device`, but for the last rank's predictions, which go through
+    host memory. They are small, and rank 0 posts their receives far ahead: with NCCL each would be a kernel that spins on its
+    card until the prediction comes."""
+    return torch.device("cpu") if source == ranks - 1 else device
+
+
 class DistributedLinks:
-    """The ring over torch.distributed: one group per directed edge (NCCL serialises each communicator), and a gloo control
-    group over all ranks."""
+    """The ring over torch.distributed: one group per directed edge (NCCL serialises each communicator; predictions always go
+    over gloo), and a gloo control group over all ranks."""
 
     def __init__(self, rank: int, ranks: int, *, device: torch.device, timeout_s: float, key: bytes) -> None:
         """`torch.distributed` must be initialised; a collective call: all ranks make it. `key` is the engine's own, which
@@ -169,20 +181,19 @@ class DistributedLinks:
         self.outgoing: Edge | None = None
         self._control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         authenticate(self._control, key, "control")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if backend == "nccl":  # it counts from the post, and rank 0 posts that many receives ahead
-            timeout_s *= 2 * ranks + 1
-        timeout = datetime.timedelta(seconds=timeout_s)
         for source in range(ranks):
-            target = (source + 1) % ranks
-            group = dist.new_group([source, target], backend=backend, timeout=timeout)
+            target, place, seconds = (source + 1) % ranks, edge_device(source, ranks, device), timeout_s
+            backend = "nccl" if place.type == "cuda" else "gloo"
+            if backend == "nccl":  # it counts from the post, and rank 0 may be that many items ahead
+                seconds *= 2 * ranks + 1
+            group = dist.new_group([source, target], backend=backend, timeout=datetime.timedelta(seconds=seconds))
             if backend == "gloo" and rank in (source, target):
                 authenticate(group, key, f"{source} to {target}")
             if rank == source:
-                self.outgoing = DistributedEdge(target, group, device, timeout_s)
+                self.outgoing = DistributedEdge(target, group, place, seconds)
             if rank == target:
-                self.incoming = DistributedEdge(source, group, device, timeout_s)
-        if backend == "nccl":
+                self.incoming = DistributedEdge(source, group, place, seconds)
+        if device.type == "cuda":
             self._warm_up(device)
 
     def _warm_up(self, device: torch.device) -> None:

@@ -1,9 +1,9 @@
 """NCCL as far as its order matters: what the ranks' programs put on their devices' queues, and whether that ever gets stuck.
 
-The ranks run the project's own loops in threads. Each device has a stream for kernels and one for every communicator, or
-(`one_queue`) a single queue for all, as when kernels that spin leave the others no room. The head of a queue runs; a send and
-its receive only together, when both are heads. A host waits where the real one does: for the kernels of its step, and for a
-message that it reads. When every host waits and no head can run, that is a deadlock.
+The ranks run the project's own loops in threads. Predictions go over gloo, between the hosts. Each device has a stream for
+kernels and one for every communicator, or (`one_queue`) a single queue for all, as when kernels that spin leave the others no
+room. The head of a queue runs; a send and its receive only together, when both are heads. A host waits where the real one does:
+for the kernels of its step, and for a message that it reads. When every host waits and no head can run, that is a deadlock.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from dualparal.ring.transport import edge_device
+from tests.fake_cuda.card import CARD
 
 COMPUTE = "compute"
 
@@ -33,6 +36,7 @@ class Op:
     number: int = 0
     after: Op | None = None
     payload: torch.Tensor | None = None
+    is_on_device: bool = True
     is_done: bool = False
 
 
@@ -50,7 +54,7 @@ class Cards:
 
     def put(self, rank: int, stream: Any, op: Op) -> Op:
         with self.changed:
-            self.queues[rank, COMPUTE if self.one_queue else stream].append(op)
+            self.queues[rank, COMPUTE if self.one_queue and op.is_on_device else stream].append(op)
             self._go_on()
         return op
 
@@ -110,9 +114,9 @@ class Cards:
 class NcclEdge:
     """One end of an edge, as `DistributedEdge` uses NCCL."""
 
-    holds_up_the_device = True
-
-    def __init__(self, cards: Cards, rank: int, edge: tuple[int, int], most_unsent: int) -> None:
+    def __init__(self, cards: Cards, rank: int, edge: tuple[int, int], most_unsent: int, is_eager: bool) -> None:
+        self._is_on_device = edge_device(edge[0], cards.ranks, CARD).type == "cuda"
+        self.holds_up_the_device = self._is_on_device and not is_eager
         self._cards, self._rank, self._edge, self._most_unsent = cards, rank, edge, most_unsent
         self._sent: deque[Op] = deque()
         self._posted: deque[tuple[Op, int]] = deque()
@@ -120,20 +124,28 @@ class NcclEdge:
 
     def send(self, message: torch.Tensor) -> None:
         while len(self._sent) >= self._most_unsent:
-            self._cards.put(self._rank, COMPUTE, Op("wait", after=self._sent.popleft()))
+            self._await(self._sent.popleft())
         self._number += 1
-        op = Op("send", self._edge, self._number, payload=message.clone())
+        op = Op("send", self._edge, self._number, payload=message.clone(), is_on_device=self._is_on_device)
         self._sent.append(self._cards.put(self._rank, self._edge, op))
 
     def post(self, num_elements: int, dtype: torch.dtype) -> None:
         self._number += 1
-        op = self._cards.put(self._rank, self._edge, Op("receive", self._edge, self._number))
-        self._posted.append((op, num_elements))
+        op = Op("receive", self._edge, self._number, is_on_device=self._is_on_device)
+        self._posted.append((self._cards.put(self._rank, self._edge, op), num_elements))
+
+    def _await(self, op: Op) -> None:
+        """The stream waits for a message over NCCL, the host for one over gloo."""
+        if op.is_on_device:
+            self._cards.put(self._rank, COMPUTE, Op("wait", after=op))
+        else:
+            self._cards.wait(op)
 
     def take(self) -> torch.Tensor:
         """The stream waits for the message, and as its signal is read at once, so does the host."""
         op, num_elements = self._posted.popleft()
-        self._cards.wait(self._cards.put(self._rank, COMPUTE, Op("wait", after=op)))
+        self._await(op)
+        self._cards.wait(op)
         assert op.payload is not None and op.payload.numel() == num_elements, "a message met a receive of another size"
         return op.payload
 
@@ -142,17 +154,19 @@ class NcclEdge:
 
     def flush(self) -> None:
         while self._sent:
-            self._cards.wait(self._cards.put(self._rank, COMPUTE, Op("wait", after=self._sent.popleft())))
+            op = self._sent.popleft()
+            self._await(op)
+            self._cards.wait(op)
 
 
 class NcclLinks:
-    """A rank's place in the ring."""
+    """A rank's place in the ring. `is_eager`: receives are posted before the work, as they must not be."""
 
-    def __init__(self, cards: Cards, rank: int, most_unsent: int) -> None:
+    def __init__(self, cards: Cards, rank: int, most_unsent: int, is_eager: bool = False) -> None:
         self.rank, self.ranks = rank, cards.ranks
         there, before = (rank + 1) % cards.ranks, (rank - 1) % cards.ranks
-        self.outgoing = NcclEdge(cards, rank, (rank, there), most_unsent)
-        self.incoming = NcclEdge(cards, rank, (before, rank), most_unsent)
+        self.outgoing = NcclEdge(cards, rank, (rank, there), most_unsent, is_eager)
+        self.incoming = NcclEdge(cards, rank, (before, rank), most_unsent, is_eager)
 
     def broadcast(self, message: Any) -> Any:
         raise NotImplementedError

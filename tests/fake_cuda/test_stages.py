@@ -19,9 +19,10 @@ from dualparal.model.low_memory import Quantizer
 from dualparal.model.stage import JobShape, Stage
 from dualparal.model.vae import StreamingDecoder, to_uint8
 from dualparal.planning.sizes import WAN_1_3B, WAN_14B
+from dualparal.ring import transport
 from dualparal.ring.denoiser import Denoiser
 from dualparal.ring.stage_loop import SpanLog
-from dualparal.ring.transport import SoloLinks
+from dualparal.ring.transport import DistributedEdge, SoloLinks, edge_device
 from tests.fake_cuda.card import CARD, Notes, fake_card, put
 
 NUM_LAYERS = 3  # a stage each where there are three: they are all alike
@@ -134,6 +135,71 @@ def test_rank_0_waits_once_more_for_each_step(monkeypatch: pytest.MonkeyPatch) -
     num_steps = sum(item.is_whole for item in schedule.items)
     assert notes.syncs.pop("stream") == len(schedule.items)
     assert [(line.partition(":")[0], times) for line, times in notes.syncs.items()] == [("denoiser.py", num_steps)]
+
+
+class Wire:
+    """An edge that is told what is sent and has made up what comes; messages that come lie on the host."""
+
+    holds_up_the_device = False
+
+    def __init__(self) -> None:
+        self.sent: list[torch.device] = []
+        self.posted: list[int] = []
+        self.num_given_back = 0
+
+    def send(self, message: torch.Tensor) -> None:
+        self.sent.append(message.device)
+
+    def post(self, num_elements: int, dtype: torch.dtype) -> None:
+        self.posted.append(num_elements)
+
+    def take(self) -> torch.Tensor:
+        return torch.empty(self.posted.pop(0))
+
+    def give_back(self, message: torch.Tensor) -> None:
+        self.num_given_back += 1
+
+    def flush(self) -> None:
+        pass
+
+
+def test_predictions_come_to_rank_0_through_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = make_schedule(CONTEXTS["paper recomputed"], BlockPlan.of(20, 8, 8), (0,) * 4)
+    samplers = SamplerFactory(SOLVER, num_steps=4, flow_shift=3.0, device="cpu")
+    there, back = Wire(), Wire()
+    blocks: dict[int, torch.Tensor] = {}
+    with fake_card(monkeypatch):
+        samplers.timesteps = samplers._template.timesteps = samplers.timesteps.to(CARD)
+        stage = stages_of(WAN_1_3B, 1, SPLITS["three"])[0]
+        shape = JobShape(*LATENTS, 2, (5.0, 5.0), (0,) * schedule.plan.num_blocks)
+        stage.begin(shape, schedule, stage.embed_conditions(samplers.timesteps, [[torch.empty(TEXT)] * 2]))
+        noise = (torch.empty(1, 16, length, *LATENTS) for length in schedule.plan.lengths)
+        links = SimpleNamespace(rank=0, ranks=3, incoming=back, outgoing=there)
+        denoiser = Denoiser(
+            stage, links, schedule, samplers, noise, is_stopped=lambda: False, on_step=lambda item: None,
+            on_block=lambda block, latents: blocks.update({block: latents}), spans=SpanLog("stage 0", lambda _: None),
+        )  # fmt: skip
+        assert denoiser.run()
+    assert {*there.sent} == {CARD} and len(there.sent) == len(schedule.items) == back.num_given_back
+    assert {x.device for x in blocks.values()} == {CARD} and len(blocks) == schedule.plan.num_blocks
+
+
+def test_the_last_rank_sends_them_from_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(transport.dist, "isend", lambda message, *_, **__: sent.append(message))
+    monkeypatch.setattr(transport, "_buffers", transport.Buffers())
+    made = torch.empty
+
+    def unpinned(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        assert pin_memory == (options.get("device") == torch.device("cpu"))  # it cannot be done without CUDA
+        return made(*size, **options)
+
+    with fake_card(monkeypatch):
+        message = torch.empty(7, device=CARD)
+        monkeypatch.setattr(torch, "empty", unpinned)
+        DistributedEdge(0, None, edge_device(2, 3, CARD), 60).send(message)
+        DistributedEdge(2, None, edge_device(1, 3, CARD), 60).send(message)
+    assert [(one.device.type, one.numel()) for one in sent] == [("cpu", 7), ("cuda", 7)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
