@@ -47,6 +47,7 @@ class Server:
     def __init__(
         self, outputs: Path, auth: list[tuple[str, str]] | None = None, sites: Sites | None = None, *,
         item_s: float = 0.02, can_load: bool = True, keys: tuple[str, ...] = (), port: int | None = None,
+        has_tools: bool = False,
         **options: Any,
     ) -> None:  # fmt: skip
         self._life = contextlib.ExitStack()
@@ -56,7 +57,7 @@ class Server:
             self.groups.can_load.clear()
         self.engine = Engine(**{**ON_PAGE, "outputs": outputs, **options}).start(wait=False)
         self.studio = Studio(self.engine)
-        made: Any = launch(self.studio, quiet=True, auth=auth, sites=sites, keys=keys, port=port)
+        made: Any = launch(self.studio, quiet=True, auth=auth, sites=sites, keys=keys, port=port, has_tools=has_tools)
         self.page: gr.Blocks = made
         self.url = str(self.page.local_url)
         self.client = self.new_client(auth=auth[0] if auth else None)

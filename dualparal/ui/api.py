@@ -18,6 +18,7 @@ from dualparal.errors import DualParalError, RequestError, error_from_wire
 from dualparal.events import Failed
 from dualparal.request import GenerationRequest
 from dualparal.ui import throttle
+from dualparal.ui.http.mcp import bearer_of
 from dualparal.ui.owners import address_of
 from dualparal.ui.panels import headline
 from dualparal.ui.snapshot import Snapshot
@@ -148,7 +149,7 @@ class Calls:
         return [{**preset.model_dump(), "usable": preset.name in usable, "default": preset.name == own} for preset in found]
 
     def _owner(self, token: Any, http: gr.Request | None) -> str:
-        return self.studio.owner_of(token, getattr(http, "username", None))
+        return self.studio.owner_of(token or bearer_of(http), getattr(http, "username", None))
 
     def _submit(self, preset: Any, owner: str, address: str, fields: dict[str, Any]) -> Snapshot:
         if not isinstance(fields.get("prompt"), str):

@@ -43,6 +43,7 @@ from dualparal.planning.calibration import cache_folder
 from dualparal.planning.choose import choose_for_this_host
 from dualparal.presets import PACKAGE, Limits, Preset, load_presets
 from dualparal.ui.guard import refused, unfit
+from dualparal.ui.http import mcp
 from dualparal.ui.http.bodies import MAX_UPLOAD_BYTES, Uploads
 from dualparal.ui.http.server import layers, own_server
 from dualparal.ui.http.sessions import MAX_SESSIONS, bound_memory
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"let nobody call /v1 without this bearer token, whose owner it makes of its own; repeatable, @FILE: a key a line "
         f"(also from {VARIABLE})",
     )  # fmt: skip
+    page("--mcp", action="store_true", help="serve the API as tools for assistants too (MCP); needs the package mcp")
     page("--root_path", help="path behind a proxy, such as /studio")
     page(
         "--allowed_hosts",
@@ -130,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RequestError(f"{PORT}={named!r} is no port; use 1 to 65535", "port")
         sites, login, presets = sites_of(arguments), logins(arguments.auth), load_presets(arguments.presets_folder)
         keys = read_keys(arguments.api_key, os.environ.get(VARIABLE))
+        if arguments.mcp:
+            mcp.check_can_serve(has_logins=login is not None)
         engine = open_engine(arguments)
     except (DualParalError, OSError) as error:
         set_up_logs(
@@ -152,14 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 operator_key=os.environ.get("DUALPARAL_OPERATOR_KEY", ""),
             )  # fmt: skip
             page = launch(
-                studio,
-                host=arguments.host,
-                port=arguments.port,
-                auth=login,
-                root_path=arguments.root_path,
-                sites=sites,
-                keys=keys,
-            )
+                studio, host=arguments.host, port=arguments.port, auth=login, root_path=arguments.root_path, sites=sites,
+                keys=keys, has_tools=arguments.mcp,
+            )  # fmt: skip
             stopped.wait()
             page.close(verbose=False)
     except (DualParalError, OSError) as error:
@@ -221,6 +220,7 @@ def default_model() -> tuple[str, Preset | None]:
 def launch(
     studio: Studio, *, host: str | None = None, port: int | None = None, auth: list[tuple[str, str]] | None = None,
     root_path: str | None = None, quiet: bool = False, sites: Sites | None = None, keys: tuple[str, ...] = (),
+    has_tools: bool = False,
 ) -> gr.Blocks:  # fmt: skip
     """Open the page for `studio` in background threads and return it; `.local_url` is its address, `.close()` ends it."""
     outputs = outputs_folder(studio.outputs)
@@ -239,7 +239,7 @@ def launch(
     page = Page(studio, root).build()
     page.queue(api_open=False, max_size=WAITING_CALLS, default_concurrency_limit=16)
     bound_memory(page)
-    uploads = Uploads(Path(get_upload_folder()))
+    uploads, access = Uploads(Path(get_upload_folder())), Access(studio, keys)
     uploads.clean()
     with own_server(), set_aside():
         page.launch(
@@ -250,12 +250,14 @@ def launch(
             css="".join((HERE / f"{name}.css").read_text(encoding="utf-8") for name in ("style", "timeline")),
             head=in_head(root),
             app_kwargs={
-                "routes": [*health_routes(studio), mount(Access(studio, keys), root)],
-                "middleware": layers(sites or Sites.of(), uploads),
+                "routes": [*health_routes(studio), mount(access, root)],
+                "middleware": layers(sites or Sites.of(), uploads, access.owner),
                 "exception_handlers": {RequestValidationError: unfit, HTTPException: refused},
             },
-            favicon_path=str(HERE / "favicon.svg"),
+            mcp_server=has_tools, favicon_path=str(HERE / "favicon.svg"),
         )  # fmt: skip
+    if has_tools:
+        mcp.set_up(page)
     return page
 
 

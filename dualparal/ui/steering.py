@@ -45,11 +45,11 @@ class SteeringField:
     def wire(self, browser: Any, job_id: Any) -> None:
         """`browser` and `job_id` are the page's states."""
         gr.on(
-            [self._go.click, self._text.submit], self.steer,
+            [self._go.click, self._text.submit], self.from_here_on,
             [browser, job_id, self._text, self._how], [self._text, self.told], concurrency_limit=8, **QUIET,
         )  # fmt: skip
 
-    def steer(self, token: str, job_id: str, text: str, how: str, request: gr.Request) -> tuple[str, str]:
+    def from_here_on(self, token: str, job_id: str, text: str, how: str, request: gr.Request) -> tuple[str, str]:
         """What then stands in the field, and what is said below it."""
         try:
             told = self._studio.steer(job_id, text, how, self._owner_of(token, request))

@@ -87,7 +87,7 @@ def test_on_the_page(studio: Studio, group_log: GroupLog) -> None:
     page, job_id = Page(studio), running(studio)
     group_log.let_go.set()
     group_log.item_s = 0.02
-    text, told = page.steering.steer(OWNER, job_id, "a <red> kite", "switch", HTTP)
+    text, told = page.steering.from_here_on(OWNER, job_id, "a <red> kite", "switch", HTTP)
     assert text == "" and "“a &lt;red&gt; kite”" in told and told.startswith('<p role="status">From ')
     event = Steered(
         job_id=job_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio.http_server
@@ -11,6 +11,7 @@ import gradio.route_utils
 import gradio.routes
 import uvicorn.config
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dualparal.ui.guard import Guard
@@ -18,14 +19,18 @@ from dualparal.ui.http.bodies import BodiesMiddleware, Uploads
 from dualparal.ui.http.connections import patient_server
 from dualparal.ui.http.files import WholeFileResponse
 from dualparal.ui.http.logins import LoginsMiddleware
+from dualparal.ui.http.mcp import McpMiddleware
 from dualparal.ui.http.sessions import TabsMiddleware
 from dualparal.ui.http.sites import Sites, SitesMiddleware
 
 
-def layers(sites: Sites, uploads: Uploads | None = None) -> list[Middleware]:
+def layers(
+    sites: Sites, uploads: Uploads | None = None, may_use_tools: Callable[[Request], object] = lambda _: None
+) -> list[Middleware]:
     """From the outside in: who may speak, how much, how often a password is tried, and faults as one sentence."""
     return [
         Middleware(SitesMiddleware, sites=sites), Middleware(BodiesMiddleware, uploads=uploads), Middleware(LoginsMiddleware),
+        Middleware(McpMiddleware, check=may_use_tools),
         Middleware(TabsMiddleware), Middleware(Guard),
     ]  # fmt: skip
 
