@@ -11,6 +11,7 @@ only appended to (a torn last line is ignored), and everything else is written u
                      video.mp4        all finished blocks, settings in its metadata
                      look/            small pictures of each block as it was last seen (`jobs.looks`), and look.webp of all
                      timeline.json    when each stage worked on what; trace.json the same for Perfetto
+                     notes.json       its name and star, if it was given any (`jobs.notes`)
                      state/           what resume needs; gone once the job has finished (`ring.saved_sweeps`)
 """
 
@@ -215,15 +216,38 @@ class JobFolder:
     def delete(self) -> None:
         """Remove the job and all its files; no error when it is gone already. It is gone at once for whoever looks, and for a
         program that starts after this one was killed. Raises `OutputError`."""
-        going = self.path.with_name(f".{self.path.name}{GOING}")
+        self.put_away()
+        self.drop_put_away()
+
+    def put_away(self) -> None:
+        """Take the job out of everybody's sight, to be deleted or taken back. Raises `OutputError`."""
         try:
-            shutil.rmtree(going, ignore_errors=True)
-            self.path.rename(going)
-            shutil.rmtree(going)
+            shutil.rmtree(self._going, ignore_errors=True)
+            self.path.rename(self._going)
         except FileNotFoundError:
             return
         except OSError as error:
             raise OutputError(f"job {self.job_id} cannot be deleted: {error.strerror or error}") from None
+
+    def drop_put_away(self) -> None:
+        """Remove what was put away; no error when it is gone. Raises `OutputError`."""
+        try:
+            shutil.rmtree(self._going)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise OutputError(f"job {self.job_id} cannot be deleted: {error.strerror or error}") from None
+
+    def take_back(self) -> None:
+        """Undo `put_away`. Raises `OutputError`."""
+        try:
+            self._going.rename(self.path)
+        except OSError as error:
+            raise OutputError(f"job {self.job_id} cannot be had back: {error.strerror or error}") from None
+
+    @property
+    def _going(self) -> Path:
+        return self.path.with_name(f".{self.path.name}{GOING}")
 
     @property
     def stop_wish(self) -> Path:

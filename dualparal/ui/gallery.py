@@ -1,9 +1,14 @@
-"""Past videos: newest first, a page at a time, each with a thumbnail, its settings, "use again" and delete."""
+"""Past videos: newest first, a page at a time, each with a picture that plays when hovered over, its name and its star."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from dualparal.errors import DualParalError
 from dualparal.files import is_file
+from dualparal.jobs.folder import JobFolder
+from dualparal.jobs.notes import read_notes
 from dualparal.media.writer import thumbnail
 from dualparal.ui.panels import file_url
 from dualparal.ui.snapshot import Snapshot
@@ -12,59 +17,124 @@ from dualparal.ui.words import ago, duration, safe, short
 
 PER_PAGE = 8
 STATE_WORDS = {"cancelled": "stopped", "failed": "failed", "interrupted": "interrupted"}
+ALL, STARRED, FINISHED, UNFINISHED = "all", "starred", "finished", "unfinished"
+EMPTY = "Videos made in this browser are kept here, with their settings."
 
 
-def render(studio: Studio, owner: str, page: int, root: str) -> tuple[str, int]:
-    """One page of the gallery as HTML, and its number (the last page's if `page` is past the end)."""
-    mine = studio.past(owner)
-    page = max(0, min(page, (len(mine) - 1) // PER_PAGE))
-    shown = [(folder, studio.readable(folder)) for folder in mine[page * PER_PAGE : (page + 1) * PER_PAGE]]
-    has_older = len(mine) > (page + 1) * PER_PAGE
-    if not mine:
-        empty = "Videos made in this browser are kept here, with their settings."
-        return f'<section class="gallery"><h2>Your videos</h2><p class="empty">{empty}</p></section>', 0
+class Known(Protocol):
+    """What a filter asks of a job."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def is_starred(self) -> bool: ...
+
+
+def is_wanted(known: Known, wanted: str) -> bool:
+    """Whether a filter lets a job through."""
+    if wanted == STARRED:
+        return known.is_starred
+    return wanted == ALL or (known.state == "finished") == (wanted == FINISHED)
+
+
+def render(
+    studio: Studio, found: Sequence[JobFolder], page: int, root: str, *, num_all: int, binned: tuple[str, str] | None = None,
+    can_carry: bool = False,
+) -> tuple[str, int]:  # fmt: skip
+    """A page of the jobs `found`, of `num_all` in all, as HTML, and its number (the last page's if `page` is past the end).
+    `binned`: id and title of what was deleted last and can be had back."""
+    page = max(0, min(page, (len(found) - 1) // PER_PAGE))
+    shown = [(folder, studio.readable(folder)) for folder in found[page * PER_PAGE : (page + 1) * PER_PAGE]]
     cards = "".join(_damaged(folder.job_id) if one is None else _card(one, root) for folder, one in shown)
-    newer = _pager("newer", page - 1, page > 0, "← Newer")
-    older = _pager("older", page + 1, has_older, "Older →")
-    pager = f'<nav aria-label="pages">{newer}<span>page {page + 1}</span>{older}</nav>'
-    if not page and not has_older:
-        pager = ""
-    return f'<section class="gallery"><h2>Your videos</h2><ul>{cards}</ul>{pager}</section>', page
+    body = f"<ul>{cards}</ul>" if cards else f'<p class="empty">{EMPTY if not num_all else "Nothing here is like that."}</p>'
+    kind = "gallery" if num_all else "gallery none"
+    return (
+        f'<section class="{kind}">{_head(len(found), num_all, binned, can_carry)}{body}{_pager(len(found), page)}</section>',
+        page,
+    )
 
 
-def _pager(name: str, page: int, is_on: bool, label: str) -> str:
-    off = "" if is_on else " disabled"
-    return f'<button type="button" class="{name}" data-do="turn" data-id="{page}"{off}>{label}</button>'
+def _head(num_found: int, num_all: int, binned: tuple[str, str] | None, can_carry: bool) -> str:
+    count = (
+        "" if not num_all else f"<span>{num_found}</span>" if num_found == num_all else f"<span>{num_found} of {num_all}</span>"
+    )
+    undo = ""
+    if binned is not None:
+        button = f'<button type="button" data-do="undo" data-id="{safe(binned[0])}">Undo</button>'
+        undo = f'<p class="undo" role="status">Deleted: “{safe(short(binned[1], 60))}” {button}</p>'
+    carry = ""
+    if can_carry:
+        carry = (
+            '<span class="carry"><button type="button" data-do="own" class="own-gallery" hidden>Back to this browser’s own'
+            "</button>"
+            '<button type="button" data-do="carry" title="opens these videos in another browser, and nothing else of this one">'
+            'Link to this gallery</button><input class="carried" readonly hidden aria-label="link to this gallery"></span>'
+        )
+    return f"<header><h2>Your videos {count}</h2>{carry}</header>{undo}"
+
+
+def _pager(num_found: int, page: int) -> str:
+    num_pages = -(-num_found // PER_PAGE)
+    if num_pages < 2:
+        return ""
+
+    def button(name: str, to: int, label: str) -> str:
+        off = "" if 0 <= to < num_pages else " disabled"
+        return f'<button type="button" class="{name}" data-do="turn" data-id="{to}"{off}>{label}</button>'
+
+    newer, older = button("newer", page - 1, "← Newer"), button("older", page + 1, "Older →")
+    return f'<nav aria-label="pages">{newer}<span>page {page + 1} of {num_pages}</span>{older}</nav>'
+
+
+def _button(kind: str, job_id: str, label: str, more: str = "") -> str:
+    return f'<button type="button" data-do="{kind}" data-id="{safe(job_id)}"{more}>{label}</button>'
 
 
 def _damaged(job_id: str) -> str:
     """What cannot be read can be deleted all the same."""
-    button = f'<button type="button" data-do="remove" data-id="{safe(job_id)}" class="delete">Delete</button>'
     return (
         f'<li data-job="{safe(job_id)}"><div class="poster"><span>no picture</span></div>'
         f'<p class="prompt">A video whose record is damaged</p><p class="facts">job {safe(job_id)}</p>'
-        f'<div class="actions">{button}</div></li>'
+        f'<div class="actions">{_delete(job_id)}</div></li>'
     )
 
 
+def _delete(job_id: str) -> str:
+    return _button("remove", job_id, "Delete", ' class="delete"')
+
+
 def _card(found: Snapshot, root: str) -> str:
-    request, job_id = found.request, safe(found.job_id)
+    request, job_id = found.request, found.job_id
     prompt = safe(short(request.all_text, 100)) or "no prompt"
+    if found.state == "failed":  # a line is enough
+        return (
+            f'<li class="line" data-job="{safe(job_id)}"><p><em class="failed">failed</em> {prompt} '
+            f'<span>{ago(found.created_s)}</span></p><div class="actions">'
+            f"{_button('again', job_id, 'Make it again')}{_button('show', job_id, 'Show')}{_delete(job_id)}</div></li>"
+        )
+    notes = read_notes(found.folder)
     facts = [f"{found.num_frames / request.fps:.1f} s", f"{request.width}×{request.height}", f"seed {request.seed}"]
+    if found.is_baseline:
+        facts.insert(0, '<em class="plain">plain Wan</em>')
     if found.made_in_s:
         facts.append(f"made in {duration(found.made_in_s)}")
     if found.state in STATE_WORDS:
         facts.append(f'<em class="{found.state}">{STATE_WORDS[found.state]}</em>')
-    buttons = (
-        f'<button type="button" data-do="reuse" data-id="{job_id}">Use settings</button>'
-        f'<button type="button" data-do="remove" data-id="{job_id}" class="delete">Delete</button>'
+    star = _button(
+        "star",
+        job_id,
+        "★" if notes.is_starred else "☆",
+        f' class="star" aria-pressed="{str(notes.is_starred).lower()}" aria-label="star"',
     )
+    edit = _button("rename", job_id, "✎", f' class="edit" aria-label="name this video" data-name="{safe(notes.name)}"')
+    name = f"<b>{safe(notes.name)}</b> " if notes.name else ""
+    moving = f' data-video="{safe(file_url(found.video, root))}"' if found.video else ""
     return (
-        f'<li data-job="{job_id}"><button type="button" class="poster" data-do="show" data-id="{job_id}" '
-        f'aria-label="Show: {prompt}">{_poster(found, root)}</button>'
-        f'<p class="prompt" title="{safe(request.all_text)}">{prompt}</p>'
+        f'<li data-job="{safe(job_id)}"><button type="button" class="poster" data-do="show" data-id="{safe(job_id)}" '
+        f'aria-label="Show: {safe(notes.name) or prompt}"{moving}>{_poster(found, root)}</button>{star}'
+        f'<p class="name">{name}{edit}</p><p class="prompt" title="{safe(request.all_text)}">{prompt}</p>'
         f'<p class="facts">{" · ".join(facts)}</p><p class="facts">{ago(found.created_s)}</p>'
-        f'<div class="actions">{buttons}</div></li>'
+        f'<div class="actions">{_button("reuse", job_id, "Use settings")}{_delete(job_id)}</div></li>'
     )
 
 

@@ -15,8 +15,10 @@ import gradio as gr
 from dualparal.errors import DualParalError, RequestError
 from dualparal.media.metadata import read_settings
 from dualparal.presets import USUAL
-from dualparal.ui import api, draft, form, gallery, owners, panels, timeline
+from dualparal.ui import api, draft, form, owners, panels, timeline
+from dualparal.ui.exports import Exports
 from dualparal.ui.live_video import LiveVideo
+from dualparal.ui.shelf import BUTTONS_JS, CARRIED_JS, Shelf
 from dualparal.ui.steering import QUIET, SteeringField, one_sentence
 from dualparal.ui.studio import Studio
 from dualparal.ui.watch import watch
@@ -29,24 +31,9 @@ DEFAULT_EXAMPLES = (
     "a red circle bouncing on a navy background",
     "A lighthouse on a cliff at dusk, waves breaking far below, slow aerial shot",
 )
-# Buttons inside our HTML carry data-do and data-id; each kind becomes an event of that component.
-BUTTONS_JS = """
-const kinds = ['show', 'halt', 'turn', 'reuse', 'remove', 'resume', 'compare'];
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('[data-do]');
-  if (!button || button.disabled) return;
-  if (button.dataset.do === 'remove' && button.dataset.sure !== 'yes') {
-    button.dataset.sure = 'yes';
-    const label = button.textContent;
-    button.textContent = 'Delete for good?';
-    setTimeout(() => { button.dataset.sure = ''; button.textContent = label; }, 4000);
-    return;
-  }
-  if (kinds.includes(button.dataset.do)) trigger(button.dataset.do, {id: button.dataset.id});
-});
-"""
-OPEN_JS = f"""(browser) => [
-  browser, sessionStorage.getItem('dualparal-job') || '', sessionStorage.getItem('{draft.KEY}') || '']"""
+OPEN_JS = f"""(browser) => {{{CARRIED_JS}
+  return [browser, sessionStorage.getItem('dualparal-job') || '', sessionStorage.getItem('{draft.KEY}') || ''];
+}}"""
 BOARD_JS = (HERE / "rough.js").read_text(encoding="utf-8") + (HERE / "strip.js").read_text(encoding="utf-8")
 
 
@@ -57,6 +44,8 @@ class Page:
         self.studio = studio
         self.root = f"{root.rstrip('/')}/" if root else ""
         self.steering = SteeringField(studio, self._owner)
+        self.exports = Exports(studio, self._owner, self.root)
+        self.shelf = Shelf(studio, self._owner, self.root)
         self._following: dict[str, object] = {}  # session → what it follows now
 
     def build(self) -> gr.Blocks:
@@ -74,7 +63,6 @@ class Page:
         self.hint = gr.Textbox(visible="hidden", elem_id="job-hint")
         self.drafted = gr.Textbox(visible="hidden", elem_id="drafted")
         self.job_id = gr.State("")
-        self.gallery_page = gr.State(0)
         self.timer = gr.Timer(TICK_S)
         with gr.Row(elem_id="masthead"):
             gr.HTML("<h1>DualParal <span>Studio</span></h1>", apply_default_css=False, elem_id="brand")
@@ -116,7 +104,8 @@ class Page:
                 self.steering.build()
                 self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
                 self.queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=BUTTONS_JS)
-        self.gallery = gr.HTML(apply_default_css=False, elem_id="gallery", js_on_load=BUTTONS_JS)
+        self.shelf.build()
+        self.exports.build()
 
     # -- wiring
 
@@ -124,7 +113,7 @@ class Page:
         inputs, browser = self.form.inputs, self.browser
         overview = [self.chip, self.queue]
         self.opened = page.load(
-            self._open, [browser, self.hint, self.drafted], [browser, self.job_id, self.estimate, self.gallery, *overview],
+            self._open, [browser, self.hint, self.drafted], [browser, self.job_id, self.estimate, self.shelf.html, *overview],
             js=OPEN_JS, **QUIET,
         )  # fmt: skip
         draft.keep(page, self.form, self.studio.engine.preset.name, **QUIET)
@@ -152,18 +141,19 @@ class Page:
         self.form.timeline.typed(self._estimate, inputs, costs, trigger_mode="always_last", **IN_ORDER, **QUIET)
         restored = self.restore.upload(self._restore, self.restore, [self.restore, *inputs], **QUIET)
         restored.failure(lambda: None, None, self.restore, **QUIET)  # a wrong file makes room for the right one
-        self.timer.tick(self._tick, [browser, self.job_id], overview, **QUIET)
+        shelf = self.shelf
+        self.timer.tick(
+            self._tick_all, [browser, self.job_id, shelf.seen, *shelf.query], [*overview, shelf.seen, *shelf.outputs], **QUIET
+        )
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
         self.queue.halt(self._stop_this, [browser, self.job_id], overview, **QUIET)
-        self._then_follow(self.gallery.show(self._watch_this, [browser], self.job_id, **QUIET), is_new=False)
+        self._then_follow(self.shelf.html.show(self._watch_this, [browser], self.job_id, **QUIET), is_new=False)
         self._then_follow(self.result.resume(self._resume, [browser], self.job_id, **QUIET))
         self._then_follow(self.result.compare(self._compare, [browser], self.job_id, **QUIET))
-        self.gallery.reuse(self._reuse, [browser], inputs, **QUIET)
-        self.gallery.remove(
-            self._delete, [browser, self.gallery_page, self.job_id],
-            [self.gallery, self.gallery_page, self.job_id, self.video, self.board, self.result, self.idle], **QUIET,
-        )  # fmt: skip
-        self.gallery.turn(self._turn, [browser], [self.gallery, self.gallery_page], **QUIET)
+        self.exports.wire(browser, self.result)
+        self.shelf.wire(
+            browser, self.job_id, [self.video, self.board, self.result, self.idle], self._reuse, inputs, self._then_follow
+        )
         page.unload(self._close)
 
     def _then_follow(self, event: Any, is_new: bool = True) -> None:
@@ -174,7 +164,8 @@ class Page:
             self._follow, [self.browser, self.job_id], outputs, concurrency_limit=None, trigger_mode="multiple", **QUIET
         )
         if is_new:
-            shown = followed.then(self._newest, [self.browser, self.job_id], [self.gallery, self.gallery_page], **QUIET)
+            shelf = self.shelf
+            shown = followed.then(self._newest, [self.browser, self.job_id, *shelf.query], shelf.outputs, **QUIET)
             # It has learnt from this job. Not when the page opens: the visitor may be typing by the time this comes back.
             if event is not self.opened:
                 shown.then(self._estimate, self.form.inputs, [self.estimate, self.form.film], **IN_ORDER, **QUIET)
@@ -185,7 +176,7 @@ class Page:
         token = token if isinstance(token, str) and token else owners.new_token()
         owner = self._owner(token, request)
         job_id = self._reattach(hint, owner)
-        shown, _ = gallery.render(self.studio, owner, 0, self.root)
+        shown, _ = self.shelf.render(owner, 0)
         values = draft.values_of(drafted, self.studio.engine.preset.name, form.defaults(self.studio.engine.preset))
         estimate = self._estimate(*values)[0] if values else panels.estimate_line(self.studio.estimate(USUAL))
         return token, job_id, estimate, shown, *self._overview(owner, job_id)
@@ -267,26 +258,19 @@ class Page:
     def _overview(self, owner: str, watched: str) -> tuple[str, str]:
         return panels.engine_chip(self.studio), panels.queue(self.studio, owner, watched)
 
-    def _newest(self, token: str, job_id: str, request: gr.Request) -> tuple[Any, Any]:
+    def _tick_all(
+        self, token: str, job_id: str, seen: int, page: int, search: str, wanted: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """The overview, and the gallery too when a job has ended, whoever follows it."""
+        owner = self._owner(token, request)
+        is_news, now = self.shelf.is_news(seen)
+        shown = self.shelf.render(owner, page, search, wanted) if is_news else (gr.skip(), gr.skip())
+        return *self._overview(owner, job_id), now, *shown
+
+    def _newest(self, token: str, job_id: str, page: int, search: str, wanted: str, request: gr.Request) -> tuple[Any, Any]:
         if not job_id:
             return gr.skip(), gr.skip()
-        return gallery.render(self.studio, self._owner(token, request), 0, self.root)
-
-    def _turn(self, token: str, event: gr.EventData, request: gr.Request) -> tuple[str, int]:
-        page = int(event.id) if str(event.id).isdecimal() else 0
-        return gallery.render(self.studio, self._owner(token, request), min(page, 10**6), self.root)
-
-    def _delete(self, token: str, page: int, watched: str, event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
-        """Delete a video; where it is on the stage, the stage is empty afterwards."""
-        owner = self._owner(token, request)
-        try:
-            self.studio.delete(event.id, owner)
-        except DualParalError as error:
-            raise one_sentence(error) from None
-        stage: tuple[Any, ...] = (gr.skip(),) * 5
-        if event.id == watched:
-            stage = "", gr.update(value=None), "", "", gr.update(visible=True)
-        return *gallery.render(self.studio, owner, page, self.root), *stage
+        return self.shelf.render(self._owner(token, request), 0, search, wanted)
 
     def _reuse(self, token: str, event: gr.EventData, request: gr.Request) -> list[Any]:
         try:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from urllib.parse import quote
 
 from dualparal.events import Failed, Steered
 from dualparal.files import is_file
+from dualparal.jobs.notes import read_notes
 from dualparal.ui import charts, timeline
 from dualparal.ui.estimate import Estimate
 from dualparal.ui.snapshot import Snapshot
 from dualparal.ui.studio import Studio
 from dualparal.ui.words import duration, length, safe, short, size, without_paths
 
+MAX_FILE_CHARS = 60
 ENGINE_WORDS = {
     "starting": "Loading the model", "ready": "Ready", "restarting": "Restarting after a fault",
     "failed": "Not available", "closed": "Closed",
@@ -137,11 +140,17 @@ def result(found: Snapshot, root: str, can_resume: bool = False, can_compare: bo
     if not found.is_ended:
         return ""
     request, video = found.request, found.video
-    download = ""
+    download = more = ""
     if video is not None:
-        named = _under_own_name(video, found.job_id)
+        name = name_of(found)
+        named = _under_own_name(video, name)
         url, amount = safe(file_url(named, root)), size(os.path.getsize(video) if is_file(video) else 0)
-        download = f'<a class="download" href="{url}" download="{named.name}">Download mp4 <span>{amount}</span></a>'
+        download = f'<a class="download" href="{url}" download="{safe(named.name)}">Download mp4 <span>{amount}</span></a>'
+        others = (("frame", "This frame as PNG"), ("frames", "All frames as zip"), ("plain", "mp4 without settings"))
+        for kind, label in others:
+            about = f'data-do="{kind}" data-id="{safe(found.job_id)}" data-name="{safe(name)}"'
+            more += f'<button type="button" {about}>{label}</button>'
+        more = f'<details class="more"><summary>Other files</summary><div>{more}</div></details>'
     go_on = f'<button type="button" data-do="resume" data-id="{safe(found.job_id)}">Resume</button>' if can_resume else ""
     if can_compare:
         hint = "the same request through diffusers’ WanPipeline in one pass, when nothing else runs"
@@ -161,14 +170,23 @@ def result(found: Snapshot, root: str, can_resume: bool = False, can_compare: bo
     rows = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())
     stored = f'<summary>Settings as JSON</summary><pre tabindex="0">{safe(settings)}</pre>'
     return (
-        f'<section class="result"><div class="result-top"><dl>{rows}</dl><span>{go_on}{download}</span></div>{bar}{plot}'
+        f'<section class="result"><div class="result-top"><dl>{rows}</dl><span>{go_on}{download}</span></div>{more}{bar}{plot}'
         f'<details class="settings">{stored}</details></section>'
     )
 
 
-def _under_own_name(video: Path, job_id: str) -> Path:
-    """A hard link to the video called after its job, because browsers save a file under the name it is served with."""
-    named = video.with_name(f"dualparal-{job_id}.mp4")
+def name_of(found: Snapshot) -> str:
+    """What files of a job are called: after its name or prompt, and its seed."""
+    text = read_notes(found.folder).name or found.request.all_text
+    words = "-".join(re.findall(r"\w+", text.lower()))[:MAX_FILE_CHARS].strip("-_")
+    while len(words.encode()) > 2 * MAX_FILE_CHARS:
+        words = words[:-1]
+    return f"{words or 'dualparal'}-seed{found.request.seed}"
+
+
+def _under_own_name(video: Path, name: str) -> Path:
+    """A hard link to the video under its own name, because browsers save a file under the name it is served with."""
+    named = video.with_name(f"{name}.mp4")
     try:
         if named.exists() and not named.samefile(video):  # the job was resumed and its video written anew
             named.unlink()

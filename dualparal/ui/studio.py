@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from dualparal.errors import DualParalError, OutputError, RequestError
 from dualparal.events import Steered
+from dualparal.jobs.bin import Bin
 from dualparal.jobs.claim import delete_job
 from dualparal.jobs.folder import JobFolder, check_job_id, find_job, list_jobs
 from dualparal.jobs.looks import rough_film
+from dualparal.jobs.notes import Notes, change_notes, read_notes
 from dualparal.planning.calibration import cache_folder
 from dualparal.planning.learnt import wait_s
 from dualparal.presets import PACKAGE, Preset
@@ -47,6 +49,7 @@ class Studio:
     max_per_address: int | None = MAX_JOBS
     operator_key: str = ""
     estimator: Estimator = field(init=False)
+    bin: Bin = field(default_factory=Bin, init=False)
     _owners: dict[str, str] = field(default_factory=dict, init=False)
     visitors: Visitors = field(init=False)
 
@@ -60,6 +63,11 @@ class Studio:
     @property
     def outputs(self) -> Path:
         return self.engine.outputs
+
+    @property
+    def num_ended(self) -> int:
+        """Jobs that have ended in this run of the engine."""
+        return sum(self.engine.dispatcher.tally.ends.values())
 
     def usable_presets(self) -> list[Preset]:
         """The engine's own preset first, then the others for the same model (other resolutions, other LoRAs that are here)."""
@@ -164,12 +172,7 @@ class Studio:
 
     def try_another(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:
         """Stop a job and queue the same with a newly drawn seed."""
-        found = self.cancel(job_id, owner)
-        picture = found.request.start_image and str(found.folder.start_image)
-        settings = found.request.model_copy(update={"seed": secrets.randbelow(SHORT_SEEDS), "start_image": picture})
-        self.check_loras(settings)
-        make = self.engine.compare if found.is_baseline else self.engine.submit
-        return self._queued(settings, address, lambda: make(settings, owner=owner))
+        return self._asked_again(self.cancel(job_id, owner), owner, address, seed=secrets.randbelow(SHORT_SEEDS))
 
     def look(self, found: Snapshot) -> Path | None:
         """The rough film of a job so far, an animated WebP; None before its first look. Raises `OutputError`."""
@@ -215,6 +218,38 @@ class Studio:
         delete_job(found.folder)
         self.engine.forget(found.job_id)  # else it would be found, and compared, for a while
         return found
+
+    def put_away(self, job_id: object, owner: str = "") -> None:
+        """`delete` that can be undone for a while (`bin`); what cannot be read goes at once."""
+        try:
+            found = self.find(job_id, owner)
+        except OutputError:
+            self.delete(job_id, owner)
+            return
+        if not found.is_ended:
+            raise RequestError(f"job {found.job_id} is {found.state}; stop it before deleting it", "job_id")
+        if (job := self.engine.job(found.job_id)) is not None:
+            job.release()
+        self.bin.put(found.folder, owner, read_notes(found.folder).name or found.request.all_text or found.job_id)
+        self.engine.forget(found.job_id)
+
+    def note(self, job_id: object, owner: str = "", *, name: str | None = None, is_starred: bool | None = None) -> Notes:
+        """Give a job a name, or a star; a star that is neither given nor taken changes."""
+        folder = self.find(job_id, owner).folder
+        if name is None and is_starred is None:
+            is_starred = not read_notes(folder).is_starred
+        return change_notes(folder, name=name, is_starred=is_starred)
+
+    def again(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:
+        """Queue the request of a job anew, with its seed."""
+        return self._asked_again(self.find(job_id, owner), owner, address)
+
+    def _asked_again(self, found: Snapshot, owner: str, address: str, **changes: Any) -> Snapshot:
+        picture = found.request.start_image and str(found.folder.start_image)
+        settings = found.request.model_copy(update={"start_image": picture, **changes})
+        self.check_loras(settings)
+        make = self.engine.compare if found.is_baseline else self.engine.submit
+        return self._queued(settings, address, lambda: make(settings, owner=owner))
 
     def owner_of(self, token: object, username: str | None = None) -> str:
         """Whose jobs a caller may touch: `owners.owner_of`, or everybody's with the operator's key."""

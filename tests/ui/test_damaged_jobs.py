@@ -23,11 +23,12 @@ from dualparal.jobs.folder import JobFolder
 from dualparal.jobs.recovery import cut_off
 from dualparal.jobs.storage import Storage
 from dualparal.request import GenerationRequest
-from dualparal.ui import gallery, owners, panels
+from dualparal.ui import owners, panels
 from dualparal.ui.api import Calls
 from dualparal.ui.studio import Studio
 from tests.fake_group import Make
 from tests.page_server import ON_PAGE
+from tests.ui.test_parts import gallery_of
 
 TOKEN, JOB = "a secret of mine", "abcdef-123456"
 OWNER = owners.owner_of(TOKEN)
@@ -81,9 +82,9 @@ def look_everywhere(studio: Studio, folder: JobFolder, capsys: pytest.CaptureFix
     """What page, API, command line, start and storage do with the folder; whatever it is, it is one of our sentences."""
     http: Any = SimpleNamespace(username=None, client=None)
     calls = Calls(studio)
-    shown, _ = gallery.render(studio, OWNER, 0, "")
+    shown, _ = gallery_of(studio, OWNER, 0)
     assert JOB in re.findall(r'<li data-job="([^"]+)"', shown), "its owner does not see it"
-    assert "Someone" not in gallery.render(studio, "another", 0, "")[0]
+    assert "Someone" not in gallery_of(studio, "another", 0)[0]
     for ask in (calls.status, calls.result):
         with pytest.raises(RequestError, match="there is no job"):
             ask(http, JOB, "another secret")
@@ -162,7 +163,7 @@ def test_bits_of_a_record(studio: Studio) -> None:
         studio.find(JOB, OWNER)
     with pytest.raises(RequestError, match="there is no job"):
         studio.delete(JOB, "another")
-    card, _ = gallery.render(studio, OWNER, 0, "")
+    card, _ = gallery_of(studio, OWNER, 0)
     assert "A video whose record is damaged" in card and 'data-do="remove"' in card
     assert studio.delete(JOB, OWNER) is None and not folder.path.exists()
 

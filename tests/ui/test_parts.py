@@ -21,9 +21,10 @@ from dualparal.messages import Span
 from dualparal.method.rules import plan_of
 from dualparal.presets import Limits, Preset, complete
 from dualparal.request import AUTO, GenerationRequest, Settings
-from dualparal.ui import charts, form, gallery, owners, pace, panels, snapshot, words
+from dualparal.ui import charts, form, owners, pace, panels, snapshot, words
 from dualparal.ui.estimate import Estimate
 from dualparal.ui.live_video import LiveVideo
+from dualparal.ui.shelf import Shelf
 from dualparal.ui.studio import Studio
 from tests.fake_group import GroupLog, Make
 from tests.page_server import GRADIO_WARNINGS, ON_PAGE, PAGE_PRESET
@@ -53,6 +54,11 @@ def made(studio: Studio, owner: str = "me", **fields: Any) -> snapshot.Snapshot:
     for _ in job.events(timeout=60):
         pass
     return studio.find(begun.job_id, owner)
+
+
+def gallery_of(studio: Studio, owner: str, page: int = 0, search: str = "", wanted: str = "All") -> tuple[str, int]:
+    """A page of the gallery as `owner` sees it."""
+    return Shelf(studio, lambda *_: owner, "").render(owner, page, search, wanted)
 
 
 # Owners
@@ -131,10 +137,10 @@ def test_a_damaged_folder_does_not_break_the_gallery(studio: Studio) -> None:
                        ("abcdef-000004", json.dumps({"owner": "me", "request": {"prompt": "x", "steps": 5}}))):  # fmt: skip
         (studio.outputs / name).mkdir()
         (studio.outputs / name / "request.json").write_text(text)
-    shown, _ = gallery.render(studio, "me", 0, "")
+    shown, _ = gallery_of(studio, "me", 0)
     cards = re.findall(r'<li data-job="([^"]+)"', shown)
     assert sorted(cards) == sorted([good.job_id, "abcdef-000003", "abcdef-000004"]), "the owner's own, which can be deleted"
-    assert gallery.render(studio, "me", 10**6, "") == (shown, 0), "a page far past the end is the last, at once"
+    assert gallery_of(studio, "me", 10**6) == (shown, 0), "a page far past the end is the last, at once"
 
 
 # Presets
@@ -352,7 +358,7 @@ def test_form_refuses_with_a_sentence(studio: Studio, changes: dict[str, Any], w
 
 def test_everything_typed_is_escaped(studio: Studio) -> None:
     found = made(studio, prompt=NASTY)
-    page, _ = gallery.render(studio, "me", 0, "")
+    page, _ = gallery_of(studio, "me", 0)
     reported = panels.board(found, studio) + panels.result(found, "") + page + panels.estimate_problem(NASTY)
     assert "<script" not in reported and 'onmouseover=1"' not in reported and '" onmouseover' not in reported
     assert "&lt;script&gt;" in reported
