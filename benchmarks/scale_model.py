@@ -37,7 +37,7 @@ class Case:
 
     @property
     def workload(self) -> Workload:
-        config, _ = PUBLISHED_MODELS[self.preset.model]
+        config, _, _ = PUBLISHED_MODELS[self.preset.model]
         layers = [len(stage) for stage in split_layers(DiTSizes.of(config).num_layers, self.ranks)]
         return workload_of(self.request, config, layers, rules=rules_of(self.request))
 

@@ -71,6 +71,12 @@ def tiny_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One expert, four layers, in the layout of Wan2.2-TI2V-5B: 16 pixels to a latent's, timesteps of the tokens' own."""
+    return _checkpoint(tmp_path_factory, "ti2v", kind="ti2v", seed=3)
+
+
+@pytest.fixture(scope="session")
 def tiny_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One expert, seven layers, its DiT spread over many small safetensors files."""
     return _checkpoint(tmp_path_factory, "sharded", num_layers=7, max_shard_size="20KB", seed=2)

@@ -9,11 +9,14 @@ import pytest
 
 from dualparal.errors import PresetError, RequestError
 from dualparal.method.sampler import SamplerFactory
+from dualparal.planning.placement import ModelSizes, Placement
+from dualparal.planning.room import settle
 from dualparal.presets import Limits, Preset, complete, find_preset, load_preset, load_presets
 from dualparal.request import MAX_PROMPT_CHARS, GenerationRequest
 
 SHIPPED = load_presets()
 WAN = ["wan2.1-1.3b-480p", "wan2.1-14b-480p", "wan2.1-14b-720p", "wan2.2-a14b-480p", "wan2.2-a14b-720p"]
+WAN_5B = ["wan2.2-5b-480p", "wan2.2-5b-720p"]
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -34,7 +37,7 @@ def refused(path: Path) -> str:
 
 
 def test_all_wan_presets_are_shipped() -> None:
-    assert set(WAN) <= set(SHIPPED)
+    assert {*WAN, *WAN_5B} <= set(SHIPPED)
     assert len({preset.title for preset in SHIPPED.values()}) == len(SHIPPED)
 
 
@@ -93,6 +96,26 @@ def test_a_preset_for_few_steps_is_its_models_own_but_for_what_was_distilled(nam
     said = [lora.split(":")[0] for lora in fast.loras if ":" in lora]
     assert said == (["high", "low"] if "a14b" in name else [])
     assert complete(GenerationRequest(prompt="x", loras=[]), fast, num_experts=2, boundary_ratio=0.5).loras == ()
+
+
+@pytest.mark.parametrize("name", WAN_5B)
+def test_the_5b_models_presets(name: str) -> None:
+    preset = SHIPPED[name]
+    assert preset.model == "Wan-AI/Wan2.2-TI2V-5B-Diffusers" and re.fullmatch(r"[0-9a-f]{40}", preset.revision or "")
+    assert (preset.height, preset.width) == {"480p": (480, 832), "720p": (704, 1280)}[name[-4:]]
+    assert (preset.fps, preset.num_inference_steps, preset.guidance_scale, preset.flow_shift) == (24, 50, 5.0, 5.0)
+    assert complete(GenerationRequest(prompt="x"), preset).latents_num == 61
+    sizes = ModelSizes.published(preset.model)
+    assert sizes is not None
+    placement = Placement(layers=(30,))
+    for height, width in ((preset.height, preset.width), (preset.width, preset.height), (512, 512)):
+        settle(GenerationRequest(prompt="x", height=height, width=width), preset, sizes, placement)
+    for size, words in ((592, "use 576 or 608"), (16, "use 32 or 64")):
+        with pytest.raises(RequestError, match=f"height={size} does not fit this model, .* multiples of 32; {words}") as caught:
+            settle(GenerationRequest(prompt="x", height=size, width=512), preset, sizes, placement)
+        assert caught.value.field == "height"
+    with pytest.raises(RequestError, match="width=720 does not fit"):
+        settle(GenerationRequest(prompt="x", height=512, width=720), preset, sizes, placement)
 
 
 @pytest.mark.parametrize(

@@ -226,10 +226,10 @@ def _calibrate(request: Settings, model: ModelSizes, placement: Placement, devic
     wait_passively()  # before torch is loaded
     from dualparal.model.calibrate import calibrate
 
-    per_frame = DiTSizes.of(model.config).tokens_per_frame(request.height, request.width)
+    per_frame = model.tokens_per_frame(request.height, request.width)
     num_tokens = max(1, (request.num_per_block + request.num_cat) * per_frame)
     size_px = (request.height, request.width) if device == "cuda" else (64, 64)
     return calibrate(
         model.config, device=device, dtype=placement.dtype, num_tokens=num_tokens, size_px=size_px,
-        vae_dtype=placement.vae_dtype,
+        vae_dtype=placement.vae_dtype, vae=model.vae,
     )  # fmt: skip

@@ -26,6 +26,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 def add_tiny(parser: argparse.ArgumentParser) -> None:
     """The flags of `tiny`."""
     parser.add_argument("folder", type=not_empty, help="where it is written")
+    parser.add_argument("--kind", choices=("t2v", "ti2v"), default="t2v", help="ti2v: as Wan2.2-TI2V-5B is (default: t2v)")
     parser.add_argument("--num_experts", type=int, choices=(1, 2), default=1, help="of its transformer (default: 1)")
     parser.add_argument("--num_layers", type=int, default=4, metavar="N", help="of the transformer (default: 4)")
     parser.add_argument("--num_heads", type=int, default=2, metavar="N", help="attention heads (default: 2)")

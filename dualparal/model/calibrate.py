@@ -22,7 +22,7 @@ from dualparal.model.feature_cache import CrossAttention, SelfAttention, Surroun
 from dualparal.model.stage import embed_patches, output_head
 from dualparal.model.vae import StreamingDecoder
 from dualparal.planning.placement import Speed
-from dualparal.planning.sizes import DiTSizes
+from dualparal.planning.sizes import VAE_2_1, DiTSizes, VaeSizes
 from dualparal.planning.work import layer_flops
 
 TEXT_TOKENS = 512
@@ -32,19 +32,21 @@ ENOUGH_S = 1.0  # a pass this long measures well
 def calibrate(
     config: Mapping[str, Any], *, device: str, dtype: str, num_tokens: int, attention: str | None = None,
     size_px: tuple[int, int] = (64, 64), vae_dtype: str = "float32",
+    vae: VaeSizes = VAE_2_1,
 ) -> Speed:  # fmt: skip
     """The speed of `device` for a transformer of `config` in `dtype`, at windows of up to `num_tokens` tokens.
 
-    The VAE has Wan's real shape and decodes `size_px` (height, width) pixels in `vae_dtype`: on a GPU give a real job's, for a
-    small picture measures launches.
+    The `vae` has the real shape of its kind and decodes `size_px` (height, width) pixels in `vae_dtype`: on a GPU give a real
+    job's, for a small picture measures launches.
     """
     sizes, on = DiTSizes.of(config), torch.device(device)
     with torch.inference_mode():
         flops_per_s, tokens = _layer_rate(sizes, on, DTYPES[dtype], num_tokens, attention)
         embed_s, head_s = _ends_s(sizes, on, DTYPES[dtype], tokens)
         return Speed(
-            flops_per_s=flops_per_s, decode_s_per_pixel=_decode_rate(on, size_px, DTYPES[vae_dtype]), embed_s_per_token=embed_s,
-            head_s_per_token=head_s, sampler_s=_sampler_s(sizes, on, num_tokens), link_bytes_per_s=link_rate(on),
+            flops_per_s=flops_per_s, decode_s_per_pixel=_decode_rate(on, size_px, DTYPES[vae_dtype], vae),
+            embed_s_per_token=embed_s, head_s_per_token=head_s, sampler_s=_sampler_s(sizes, on, num_tokens),
+            link_bytes_per_s=link_rate(on),
         )  # fmt: skip
 
 
@@ -124,11 +126,11 @@ def link_rate(device: torch.device, num_bytes: int = 2**28) -> float | None:
     return num_bytes / max(_median_s(lambda: here.copy_(there), device), _median_s(lambda: there.copy_(here), device))
 
 
-def _decode_rate(device: torch.device, size_px: tuple[int, int], dtype: torch.dtype) -> float:
+def _decode_rate(device: torch.device, size_px: tuple[int, int], dtype: torch.dtype, sizes: VaeSizes) -> float:
     """Seconds per latent frame and output pixel, of frames after a video's first."""
-    decoder = StreamingDecoder(AutoencoderKLWan().to(device, dtype).requires_grad_(False).eval())
-    height, width = size_px
-    latents = torch.randn(1, decoder.z_dim, 1, height // 8, width // 8)
+    decoder = StreamingDecoder(AutoencoderKLWan(**sizes.config).to(device, dtype).requires_grad_(False).eval())
+    (height, width), factor = size_px, int(decoder.vae.config.scale_factor_spatial)
+    latents = torch.randn(1, decoder.z_dim, 1, height // factor, width // factor)
     decoder.decode(latents)
     decoder.decode(latents)  # caches are full from here on
     return _median_s(lambda: decoder.decode(latents), device) / (height * width)

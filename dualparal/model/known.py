@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from dualparal.errors import CheckpointError
 from dualparal.model.layout import Checkpoint
 from dualparal.model.source import find_checkpoint
 from dualparal.paths import is_folder
 from dualparal.planning.placement import ModelSizes
-from dualparal.planning.sizes import umt5_float32_parameters
+from dualparal.planning.sizes import VAE_2_1, VAE_2_2, VaeSizes, umt5_float32_parameters
 from dualparal.presets import Preset, weights_of
 
 
@@ -20,7 +21,7 @@ def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
         num_experts=checkpoint.num_experts,
         text_parameters=_count(checkpoint, "text_encoder"),
         text_float32_parameters=umt5_float32_parameters(checkpoint.config("text_encoder")),
-        vae_parameters=_count(checkpoint, "vae"),
+        vae=_vae_sizes(checkpoint),
     )
 
 
@@ -35,6 +36,12 @@ def find_sizes(model: str, preset: Preset) -> ModelSizes:
     if is_folder(name) or name == "pocket":
         return sizes_of(find_checkpoint(name, revision))
     raise CheckpointError(f"the sizes of {name} are not known before its download; give a folder, or one of Wan's own models")
+
+
+def _vae_sizes(checkpoint: Checkpoint) -> VaeSizes:
+    """Its own parameters and scale, and the decoding of the published VAE of its kind, which is at least as large."""
+    like = VAE_2_2 if checkpoint.config("vae").get("is_residual") else VAE_2_1
+    return replace(like, parameters=_count(checkpoint, "vae"), spatial_factor=checkpoint.latent_sizes[1])
 
 
 def _count(checkpoint: Checkpoint, part: str) -> int:

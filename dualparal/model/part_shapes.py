@@ -1,7 +1,7 @@
 """Every tensor that a checkpoint's parts must hold, by name and shape, from their configs alone; and which stage owns which.
 
-Follows `WanTransformer3DModel`, `AutoencoderKLWan` (diffusers; the form without residual blocks, which every published
-text-to-video Wan has) and `UMT5EncoderModel` (transformers); tests compare the tables with the real modules. Needs no torch.
+Follows `WanTransformer3DModel`, `AutoencoderKLWan` (diffusers; with `is_residual` Wan2.2's, else Wan2.1's) and
+`UMT5EncoderModel` (transformers); tests compare the tables with the real modules. Needs no torch.
 """
 
 from __future__ import annotations
@@ -94,10 +94,8 @@ def text_encoder_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
-def vae_shapes(config: Mapping[str, Any]) -> Shapes | None:
-    """Of `AutoencoderKLWan`; None for the form with residual blocks, which is not written out here."""
-    if config.get("is_residual"):
-        return None
+def vae_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Of `AutoencoderKLWan`."""
     z_dim, base = int(config.get("z_dim", 16)), int(config.get("base_dim", 96))
     return {
         **_under("encoder", _encoder(config, base, 2 * z_dim)),
@@ -110,15 +108,23 @@ def vae_shapes(config: Mapping[str, Any]) -> Shapes | None:
 def _encoder(config: Mapping[str, Any], base: int, z_dim: int) -> Shapes:
     multiples, in_time = _multiples(config), list(config.get("temperal_downsample", (False, True, True)))
     dims = [base * multiple for multiple in (1, *multiples)]
+    is_residual = bool(config.get("is_residual"))
     shapes, block, scale = _conv("conv_in", int(config.get("in_channels", 3)), dims[0]), 0, 1.0
     for level, (before, dim) in enumerate(pairwise(dims)):
+        is_halved = level < len(multiples) - 1
+        if is_residual:
+            for number in range(int(config.get("num_res_blocks", 2))):
+                shapes |= _under(f"down_blocks.{level}.resnets.{number}", _residual(dim if number else before, dim))
+            if is_halved:
+                shapes |= _under(f"down_blocks.{level}.downsampler", _resample(dim, dim, dim if in_time[level] else 0))
+            continue
         for _ in range(int(config.get("num_res_blocks", 2))):
             shapes |= _under(f"down_blocks.{block}", _residual(before, dim))
             block, before = block + 1, dim
             if scale in config.get("attn_scales", ()):
                 shapes |= _under(f"down_blocks.{block}", _attention(dim))
                 block += 1
-        if level < len(multiples) - 1:
+        if is_halved:
             shapes |= _under(f"down_blocks.{block}", _resample(dim, dim, dim if in_time[level] else 0))
             block, scale = block + 1, scale / 2
     return {**shapes, **_middle(dims[-1]), "norm_out.gamma": (dims[-1], 1, 1, 1), **_conv("conv_out", dims[-1], z_dim)}
@@ -127,14 +133,15 @@ def _encoder(config: Mapping[str, Any], base: int, z_dim: int) -> Shapes:
 def _decoder(config: Mapping[str, Any], base: int, z_dim: int) -> Shapes:
     multiples, in_time = _multiples(config)[::-1], list(config.get("temperal_downsample", (False, True, True)))[::-1]
     dims = [base * multiple for multiple in (multiples[0], *multiples)]
+    is_residual = bool(config.get("is_residual"))
     shapes = {**_conv("conv_in", z_dim, dims[0]), **_middle(dims[0])}
     for level, (before, dim) in enumerate(pairwise(dims)):
-        before = before // 2 if level else before
+        before = before // 2 if level and not is_residual else before
         for number in range(int(config.get("num_res_blocks", 2)) + 1):
             shapes |= _under(f"up_blocks.{level}.resnets.{number}", _residual(dim if number else before, dim))
         if level < len(multiples) - 1:
-            resample = _resample(dim, dim // 2, 2 * dim if in_time[level] else 0)
-            shapes |= _under(f"up_blocks.{level}.upsamplers.0", resample)
+            name, out = ("upsampler", dim) if is_residual else ("upsamplers.0", dim // 2)
+            shapes |= _under(f"up_blocks.{level}.{name}", _resample(dim, out, 2 * dim if in_time[level] else 0))
     return {**shapes, "norm_out.gamma": (dims[-1], 1, 1, 1), **_conv("conv_out", dims[-1], int(config.get("out_channels", 3)))}
 
 

@@ -37,7 +37,7 @@ class Part:
     weights: str | None = None  # stem of its safetensors files
     files: tuple[str, ...] = ()  # that must be there besides
     others: str | None = None  # pattern of what else is downloaded
-    shapes: Callable[[Config], Shapes | None] = field(default=lambda config: {})  # None: known to the loading worker only
+    shapes: Callable[[Config], Shapes] = field(default=lambda config: {})
     dtypes: frozenset[str] = WHOLE
     aliases: Mapping[str, str] = field(default_factory=dict)  # other names of the same tensors
     numbers: Mapping[str, int] = field(default_factory=dict)

@@ -17,10 +17,16 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dualparal.model.parts import INDEX, PARTS, PIPELINE, TRANSFORMERS
 
+VAE_OF_KIND: dict[str, dict[str, Any]] = {
+    "t2v": {},
+    "ti2v": {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16},
+}
+
 
 def write_tiny_checkpoint(
     folder: Path,
     *,
+    kind: str = "t2v",
     num_experts: int = 1,
     num_layers: int = 4,
     num_heads: int = 2,
@@ -36,6 +42,7 @@ def write_tiny_checkpoint(
 ) -> Path:
     """Write a checkpoint with random weights drawn from `seed` and return `folder`.
 
+    `kind` is a key of `VAE_OF_KIND`: "t2v" has Wan2.1's VAE, "ti2v" Wan2.2's and timesteps of its tokens' own.
     `num_experts` 2 adds `transformer_2` and `boundary_ratio` (Wan2.2's layout); a small `max_shard_size` ("20KB") splits the
     DiT over several safetensors files with an index. `head_dim` must be even.
     """
@@ -52,7 +59,7 @@ def write_tiny_checkpoint(
                 dit.to(dtype)
             dit.save_pretrained(folder / component, max_shard_size=max_shard_size)
         vae = AutoencoderKLWan(
-            base_dim=vae_dim, z_dim=z_dim, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            base_dim=vae_dim, z_dim=z_dim, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **VAE_OF_KIND[kind],
             latents_mean=[0.1 * i for i in range(z_dim)], latents_std=[1.0 + 0.1 * i for i in range(z_dim)],
         )  # fmt: skip
         vae.save_pretrained(folder / "vae")
@@ -69,7 +76,7 @@ def write_tiny_checkpoint(
         "_class_name": PIPELINE,
         "_diffusers_version": "0.42.1",
         "boundary_ratio": boundary_ratio if num_experts == 2 else None,
-        "expand_timesteps": False,
+        "expand_timesteps": kind == "ti2v",
         **{name: [part.library, part.class_name or "PreTrainedTokenizerFast"] for name, part in PARTS.items()},
     }
     for component in TRANSFORMERS[num_experts:]:

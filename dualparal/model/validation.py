@@ -34,8 +34,6 @@ def validate(checkpoint: Checkpoint) -> None:
 def _check(checkpoint: Checkpoint) -> None:
     folder = checkpoint.folder
     kind = checkpoint.index.get("_class_name", PIPELINE)
-    if checkpoint.index.get("expand_timesteps"):
-        raise CheckpointError(f"{folder} is a text-image-to-video model (expand_timesteps); use a T2V checkpoint")
     if kind != PIPELINE:
         raise CheckpointError(f"{folder} is a {kind}, not a {PIPELINE} for text to video; use a T2V checkpoint")
     parts = [PARTS[name] for name in checkpoint.parts]
@@ -170,8 +168,6 @@ def _check_tensors(checkpoint: Checkpoint, part: Part) -> None:
                 f"{tensor.file}: {key} is stored as {tensor.dtype}{'' if tensor.scale else ' without a scale'}, which is not "
                 f"read there; convert it to one of {', '.join(sorted(part.dtypes))}"
             )
-    if shapes is None:
-        return
     if missing := sorted(set(shapes) - set(tensors)):
         raise CheckpointError(f"{where} lacks {missing[0]} (and {len(missing) - 1} more tensors); download it again")
     if surplus := sorted(set(tensors) - set(shapes)):

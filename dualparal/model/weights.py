@@ -1,7 +1,7 @@
 """Reads the weights of a part, tensor by tensor, and loads the two parts that one process holds whole: VAE and text encoder.
 
-What each tensor is called and where it lies is `layout`'s business. A part whose tensors no table knows is checked here, by
-the worker that loads it, and named in the error.
+What each tensor is called and where it lies is `layout`'s business. What does not fit the module after all is named by the
+worker that loads it.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def download_bytes(sizes: ModelSizes) -> int:
     """What a model takes on disk, at most."""
     config = DiTSizes.of(sizes.config)
     transformer = config.share(range(config.num_layers)).count * sizes.num_experts
-    return (transformer + sizes.text_parameters + sizes.vae_parameters) * HUB_BYTES
+    return (transformer + sizes.text_parameters + sizes.vae.parameters) * HUB_BYTES
 
 
 def _ranks_that_fit(preset: Preset, sizes: ModelSizes, num_gpus: int, bytes_per_gpu: int) -> int | None:

@@ -186,7 +186,7 @@ def plan_job(
     looked_at = shortened(request) if is_short else request
     workload = workload_of(
         looked_at, model.config, placement.layers, rules=rules_of(looked_at),
-        experts=experts_by_step(request) if model.num_experts > 1 else None,
+        experts=experts_by_step(request) if model.num_experts > 1 else None, spatial_factor=model.vae.spatial_factor,
     )  # fmt: skip
     return JobPlan(
         request=request, placement=placement, workload=workload, memory=_memory(workload, request, model, placement),
@@ -196,10 +196,10 @@ def plan_job(
 
 def _memory(workload: Workload, request: Settings, model: ModelSizes, placement: Placement) -> MemoryPlan:
     text_bytes = model.text_bytes(placement.dtype)
-    vae_bytes = model.vae_parameters * DTYPE_BYTES[placement.vae_dtype]
+    vae_bytes = model.vae.num_bytes(placement.vae_dtype)
     plan = memory_plan(
         workload, height=request.height, width=request.width, dtype=placement.dtype, num_experts=model.num_experts,
-        codec_rank=placement.codec_rank, text_encoder_bytes=0, vae_bytes=vae_bytes, num_texts=_num_texts(workload, request),
+        codec_rank=placement.codec_rank, text_encoder_bytes=0, vae=model.vae, num_texts=_num_texts(workload, request),
         vae_dtype=placement.vae_dtype, on_gpu=placement.on_gpu, quantization=placement.quantization,
         is_offloaded=placement.is_offloaded, is_cache_offloaded=placement.is_cache_offloaded,
         lora_elements=model.elements_of(request.loras),

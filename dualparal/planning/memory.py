@@ -7,6 +7,7 @@ from the schedule's items. Pure arithmetic, no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from dualparal.method.rules import plan_of
 from dualparal.method.schedule import Context, Item, Rules, Schedule
 from dualparal.planning.memory_table import MemoryPlan, RankMemory
 from dualparal.planning.schedules import schedule_of
-from dualparal.planning.sizes import DTYPE_BYTES, VAE_PARAMETERS, VAE_SPATIAL_FACTOR, DiTSizes, umt5_parameters
+from dualparal.planning.sizes import DTYPE_BYTES, VAE_2_1, DiTSizes, VaeSizes, umt5_parameters
 from dualparal.planning.work import Workload, query_and_key_frames
 from dualparal.request import Settings
 
@@ -24,9 +25,6 @@ GPU_RUNTIME_BYTES = 10**9  # CUDA context, library workspaces, allocator slack: 
 CODEC_RUNTIME_BYTES = 5 * 10**8  # the same of a second process on a card
 CACHED_LAYERS_ON_DEVICE = 5  # of a left cache that waits in host memory: three on their way out, two on their way in
 STEP_COPIES = 2  # of a block in flight on rank 0, beside what it consists of: the step's own
-# Peak of a streamed decode of the Wan VAE (base_dim 96), by its dtype: a test measures the graph. In half precision a little
-# more than half of float32's, for norms and upsampling work in float32.
-VAE_BYTES_PER_PIXEL = {"float32": 53 * 96 * 4, "bfloat16": 55 * 96 * 2, "float16": 55 * 96 * 2}
 FRAME_BYTES_PER_PIXEL = 3 * (4 + 4 + 4 + 1)  # decoded frames of a block: pieces, joined, clamped; then uint8
 
 
@@ -38,10 +36,12 @@ def workload_of(
     rules: Rules | None = None,
     experts: Sequence[int] | None = None,
     text_tokens: int = 512,
+    spatial_factor: int = VAE_2_1.spatial_factor,
 ) -> Workload:
     """The work of a resolved `request` with a transformer's `config`, `layers[r]` of its layers on rank r.
 
-    `experts[s]` is the expert that runs step s; all 0 by default. `rules` default to the paper's.
+    `experts[s]` is the expert that runs step s; all 0 by default. `rules` default to the paper's. `spatial_factor` is the
+    VAE's.
     """
     sizes = DiTSizes.of(config)
     if sum(layers) != sizes.num_layers:
@@ -51,7 +51,7 @@ def workload_of(
         sizes=sizes,
         schedule=schedule_of(rules or Rules(), plan, tuple(experts or (0,) * request.num_inference_steps)),
         layers=tuple(layers),
-        tokens_per_frame=sizes.tokens_per_frame(request.height, request.width),
+        tokens_per_frame=sizes.tokens_per_frame(request.height, request.width, spatial_factor),
         num_halves=2 if request.has_guidance else 1,  # for both experts, as diffusers has it
         text_tokens=text_tokens,
     )
@@ -66,7 +66,7 @@ def memory_plan(
     num_experts: int = 1,
     codec_rank: int | None = None,
     text_encoder_bytes: int | None = None,
-    vae_bytes: int | None = None,
+    vae: VaeSizes = VAE_2_1,
     vae_dtype: str = "float32",
     num_texts: int = 1,
     on_gpu: bool = True,
@@ -77,8 +77,8 @@ def memory_plan(
 ) -> MemoryPlan:
     """The memory of every rank for `workload` at `height` x `width` pixels.
 
-    `codec_rank`: the rank whose device the codec shares, None when it has its own. `text_encoder_bytes` and `vae_bytes`
-    default to UMT5-XXL in `dtype` and Wan's VAE in `vae_dtype`, which also decides the room that decoding takes. `num_texts`:
+    `codec_rank`: the rank whose device the codec shares, None when it has its own. `text_encoder_bytes` are UMT5-XXL's in
+    `dtype` by default; the `vae` is held in `vae_dtype`, which also decides the room that decoding takes. `num_texts`:
     different texts that blocks in flight listen to. `quantization`: fp8 or int8. `is_offloaded`: layers wait in host memory,
     two at a time are on the device; `is_cache_offloaded`: so do the K and V of left neighbours, `CACHED_LAYERS_ON_DEVICE`
     layers of one block's at a time. `lora_elements`: numbers of the video's LoRAs, all layers and experts together.
@@ -93,7 +93,7 @@ def memory_plan(
     message = max(_hidden_bytes(workload, item, width_bytes) for item in _distinct(workload))
     if num_texts > 1:  # one travels with the activations
         message += num_experts * workload.text_tokens * sizes.dim * width_bytes
-    codec = codec_bytes(schedule, height, width, dtype, text_encoder_bytes, vae_bytes, vae_dtype)
+    codec = codec_bytes(schedule, height, width, dtype, text_encoder_bytes, vae, vae_dtype)
     ranks = tuple(
         RankMemory(
             weights=_weights_bytes(sizes, stage, dtype, quantization, num_experts, is_offloaded),
@@ -102,7 +102,7 @@ def memory_plan(
             activations=peak,
             messages=_messages(rank, len(stages)) * message,
             text=_text_bytes(workload, len(stage), width_bytes, num_texts) * num_experts + _rope_bytes(workload),
-            latents=_latents_bytes(workload, height, width) if rank == 0 else 0,
+            latents=_latents_bytes(workload) if rank == 0 else 0,
             codec=codec if rank == codec_rank else 0,
             runtime=(GPU_RUNTIME_BYTES + CODEC_RUNTIME_BYTES * (rank == codec_rank)) * on_gpu,
         )
@@ -174,14 +174,14 @@ def codec_bytes(
     width: int,
     dtype: str,
     text_encoder_bytes: int | None = None,
-    vae_bytes: int | None = None,
+    vae: VaeSizes = VAE_2_1,
     vae_dtype: str = "float32",
 ) -> int:
     """Text encoder, VAE, and the decoding of the longest block in `vae_dtype`."""
     text = umt5_parameters() * DTYPE_BYTES[dtype] if text_encoder_bytes is None else text_encoder_bytes
-    vae = VAE_PARAMETERS * DTYPE_BYTES[vae_dtype] if vae_bytes is None else vae_bytes
     num_frames = max(len(schedule.plan.frames(block)) for block in range(schedule.plan.num_blocks))
-    return text + vae + height * width * (VAE_BYTES_PER_PIXEL[vae_dtype] + FRAME_BYTES_PER_PIXEL * num_frames)
+    per_pixel = vae.decoding_bytes_per_pixel(vae_dtype) + FRAME_BYTES_PER_PIXEL * num_frames
+    return text + vae.num_bytes(vae_dtype) + height * width * per_pixel
 
 
 def _distinct(workload: Workload) -> list[Item]:
@@ -244,8 +244,8 @@ def _rope_bytes(workload: Workload) -> int:
     return most * workload.tokens_per_frame * workload.sizes.dim // workload.sizes.num_heads // 2 * 8  # complex64
 
 
-def _latents_bytes(workload: Workload, height: int, width: int) -> int:
-    frame = workload.sizes.in_channels * (height // VAE_SPATIAL_FACTOR) * (width // VAE_SPATIAL_FACTOR) * 4
+def _latents_bytes(workload: Workload) -> int:
+    frame = workload.sizes.in_channels * workload.tokens_per_frame * math.prod(workload.sizes.patch_size) * 4
     longest = max(workload.schedule.plan.lengths)
     copies = tensors_of_block(workload.schedule.num_steps, workload.schedule.max_order) + STEP_COPIES
     return workload.schedule.num_in_flight() * longest * frame * copies

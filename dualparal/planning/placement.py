@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dualparal.errors import RequestError
 from dualparal.options import EngineOptions
 from dualparal.planning.sizes import (
     DTYPE_BYTES,
     PUBLISHED_MODELS,
     USUAL_RANK,
-    VAE_PARAMETERS,
+    VAE_2_1,
     DiTSizes,
+    VaeSizes,
     umt5_float32_parameters,
     umt5_parameters,
 )
+from dualparal.request import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class ModelSizes:
     num_experts: int = 1
     text_parameters: int = umt5_parameters()
     text_float32_parameters: int = umt5_float32_parameters()  # of these, where the others are float16
-    vae_parameters: int = VAE_PARAMETERS
+    vae: VaeSizes = VAE_2_1
     lora_elements: Callable[[Sequence[str]], int | None] = field(default=lambda loras: None, compare=False)
 
     def elements_of(self, loras: Sequence[str]) -> int:
@@ -43,11 +46,26 @@ class ModelSizes:
         more = self.text_float32_parameters * (4 - DTYPE_BYTES["float16"]) if dtype == "float16" else 0
         return self.text_parameters * DTYPE_BYTES[dtype] + more
 
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """p: tokens of one latent frame of a picture of `height` x `width` pixels."""
+        return DiTSizes.of(self.config).tokens_per_frame(height, width, self.vae.spatial_factor)
+
+    def check_size(self, request: Settings) -> None:
+        """Raise `RequestError` for a picture that is not made of whole patches."""
+        _, *patches = DiTSizes.of(self.config).patch_size
+        for (name, size), patch in zip((("height", request.height), ("width", request.width)), patches, strict=True):
+            if size % (step := self.vae.spatial_factor * patch):
+                low = max(step, size // step * step)
+                raise RequestError(
+                    f"{name}={size} does not fit this model, whose pictures are multiples of {step}; use {low} or {low + step}",
+                    name,
+                )
+
     @classmethod
     def published(cls, hub_id: str) -> ModelSizes | None:
         """Sizes of a published Wan model, known without a download; None for any other."""
         known = PUBLISHED_MODELS.get(hub_id)
-        return cls(config=known[0], num_experts=known[1]) if known else None
+        return cls(config=known[0], num_experts=known[1], vae=known[2]) if known else None
 
 
 @dataclass(frozen=True, kw_only=True)

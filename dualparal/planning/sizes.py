@@ -8,25 +8,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-VAE_SPATIAL_FACTOR = 8
 USUAL_RANK = 64  # of a LoRA whose file is not here to be read
-VAE_PARAMETERS = 126_892_531  # of every published Wan 2.1 VAE, which Wan2.2-A14B uses too
 
 _PUBLISHED = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096,
               "freq_dim": 256, "cross_attn_norm": True}  # fmt: skip
 WAN_1_3B = {**_PUBLISHED, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
 WAN_14B = {**_PUBLISHED, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
+WAN_5B = {**_PUBLISHED, "num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
 UMT5_XXL = {"vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
             "relative_attention_num_buckets": 32}  # fmt: skip
-# (transformer config, experts): what a plan needs before anything is downloaded.
-PUBLISHED_MODELS: dict[str, tuple[dict[str, Any], int]] = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (WAN_1_3B, 1),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (WAN_14B, 1),
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (WAN_14B, 2),
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeSizes:
+    """The numbers of a Wan VAE: parameters, pixels per latent pixel on each side, and the peak of a streamed decode in bytes
+    per pixel of the video, by its dtype (a test measures the graph; norms and upsampling work in float32 in any).
+
+    `config` is what the published VAE of its kind is made with, where diffusers' defaults are not it; any means and deviations.
+    """
+
+    parameters: int
+    spatial_factor: int = 8
+    float32_per_pixel: int = 53 * 96 * 4
+    half_per_pixel: int = 55 * 96 * 2
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def num_bytes(self, dtype: str) -> int:
+        return self.parameters * DTYPE_BYTES[dtype]
+
+    def decoding_bytes_per_pixel(self, dtype: str) -> int:
+        return self.float32_per_pixel if dtype == "float32" else self.half_per_pixel
+
+
+VAE_2_1 = VaeSizes(parameters=126_892_531)  # base_dim 96; Wan2.2-A14B has it too
+VAE_2_2 = VaeSizes(  # of Wan2.2-TI2V-5B
+    parameters=704_688_668, spatial_factor=16, float32_per_pixel=22 * 256 * 4, half_per_pixel=22 * 256 * 2,
+    config={
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12,
+        "out_channels": 12, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+    },
+)  # fmt: skip
+# (transformer config, experts, VAE): what a plan needs before anything is downloaded.
+PUBLISHED_MODELS: dict[str, tuple[dict[str, Any], int, VaeSizes]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (WAN_1_3B, 1, VAE_2_1),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (WAN_14B, 1, VAE_2_1),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (WAN_14B, 2, VAE_2_1),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (WAN_5B, 1, VAE_2_2),
 }
 
 
@@ -100,10 +131,10 @@ class DiTSizes:
             has_cross_norm=full["cross_attn_norm"],
         )
 
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        """p: tokens of one latent frame of a picture of `height` x `width` pixels."""
+    def tokens_per_frame(self, height: int, width: int, spatial_factor: int = VAE_2_1.spatial_factor) -> int:
+        """p: tokens of one latent frame of a picture of `height` x `width` pixels, `spatial_factor` of them to a latent's."""
         _, patch_h, patch_w = self.patch_size
-        return (height // VAE_SPATIAL_FACTOR // patch_h) * (width // VAE_SPATIAL_FACTOR // patch_w)
+        return (height // spatial_factor // patch_h) * (width // spatial_factor // patch_w)
 
     @property
     def layer(self) -> Parameters:

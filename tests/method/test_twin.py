@@ -110,6 +110,15 @@ def test_a_text_per_block(tiny_two: Path, twin_of: Callable[[Path], Twin]) -> No
     assert (found - other)[:, :, -2:].abs().max() > 0.01, "the last block does not listen to its own text"
 
 
+@pytest.mark.parametrize("rules", [Rules(), Rules(context="cached", max_in_flight=3, stagger=2, left_context="own_step")])
+def test_a_model_with_timesteps_of_its_tokens_own(tiny_ti2v: Path, twin_of: Callable[[Path], Twin], rules: Rules) -> None:
+    case: dict[str, Any] = dict(
+        latents_num=12, num_per_block=3, num_cat=2, steps=6, texts=some_texts(), size=(4, 6), rules=rules
+    )
+    found = [check(twin_of(tiny_ti2v), ranks=ranks, **case) for ranks in (1, 2, 3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 GHOSTS = {
     "paper": Rules(),
     "preview": Rules(max_in_flight=3, stagger=2, left_context="own_step"),

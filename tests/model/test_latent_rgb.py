@@ -92,9 +92,10 @@ def test_a_linear_decoder_is_found_again() -> None:
     assert torch.allclose(found.weights, true.weights, atol=1e-4) and torch.allclose(found.bias, true.bias, atol=1e-4)
 
 
-def test_a_map_is_fitted_to_a_models_own_vae_once(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny", "tiny_ti2v"])
+def test_a_map_is_fitted_to_a_models_own_vae_once(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Random weights are no pictures, but what the map shows still goes with what the VAE decodes to."""
-    checkpoint = Checkpoint(tiny)
+    checkpoint = Checkpoint(request.getfixturevalue(name))
     decoder = StreamingDecoder.load(checkpoint, device="cpu")
     clips: list[None] = []
     found = fit_own_map(decoder.vae, lambda: clips.append(None))

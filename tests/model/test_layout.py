@@ -328,7 +328,6 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nonsense in the index": (edit_json("model_index.json", transformer_2=5), "no sense"),
     "nonsense in the config": (edit_json(CONFIG, patch_size=7), "no sense"),
     "image to video by its channels": (edit_json(CONFIG, in_channels=9), "in_channels=9, of which 5 for a picture"),
-    "text-image to video": (edit_json("model_index.json", expand_timesteps=True), "text-image-to-video"),
     "patches of two frames": (edit_json(CONFIG, patch_size=[2, 2, 2]), "patch"),
     "second expert named but missing": (edit_json("model_index.json", transformer_2=["diffusers", "W"]), "transformer_2"),
     "a missing tensor": (drop_tensor(DIT, "blocks.2.attn1.to_k.weight"), r"blocks\.2\.attn1\.to_k\.weight"),
@@ -478,7 +477,7 @@ def test_whole_parts_equal_the_libraries(tiny: Path, tmp_path: Path, stored: str
     )
 
 
-def test_a_part_no_table_knows_is_named_by_its_loader(tiny: Path, tmp_path: Path) -> None:
+def test_a_vae_of_another_kind_is_named_by_its_loader(tiny: Path, tmp_path: Path) -> None:
     from dualparal.model.weights import load_vae
 
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
@@ -486,6 +485,19 @@ def test_a_part_no_table_knows_is_named_by_its_loader(tiny: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match=r"vae (lacks|holds)") as caught:
         load_vae(Checkpoint(folder), torch.float32)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_with_the_vae_of_another(tiny_ti2v: Path, tiny: Path, tmp_path: Path) -> None:
+    validate(Checkpoint(tiny_ti2v))
+    assert Checkpoint(tiny_ti2v).latent_sizes == (4, 16)
+    folder = Path(shutil.copytree(tiny_ti2v, tmp_path / "model"))
+    edit_json(VAE_CONFIG, is_residual=False)(folder)
+    assert_refused(folder, r"vae lacks decoder\.up_blocks\.0\.upsamplers")
+    edit_json(VAE_CONFIG, is_residual=True, patch_size=1, out_channels=3)(folder)
+    assert_refused(folder, "makes 8 pixels of a latent's and claims")
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(tiny / "vae", folder / "vae")
+    validate(Checkpoint(folder))
 
 
 def test_the_checkpoints_own_shift(tiny: Path, tmp_path: Path) -> None:

@@ -38,11 +38,11 @@ def run_pipeline(
     flow_shift: float = 3.0,
 ) -> torch.Tensor:
     """Latents [1, C, F, h, w] as diffusers makes them."""
-    has_two = pipeline.transformer_2 is not None
+    has_two, factor = pipeline.transformer_2 is not None, pipeline.vae_scale_factor_spatial
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
     return pipeline(
         prompt_embeds=texts[0], negative_prompt_embeds=texts[1] if len(texts) > 1 else None,
-        height=noise.shape[3] * 8, width=noise.shape[4] * 8, num_frames=(noise.shape[2] - 1) * 4 + 1,
+        height=noise.shape[3] * factor, width=noise.shape[4] * factor, num_frames=(noise.shape[2] - 1) * 4 + 1,
         num_inference_steps=steps, guidance_scale=guidance[0], guidance_scale_2=guidance[1] if has_two else None,
         latents=noise.clone(), output_type="latent",
     ).frames  # fmt: skip
@@ -99,6 +99,17 @@ def test_sizes(
 @pytest.mark.parametrize("flow_shift", [1.0, 5.0, 12.0])
 def test_flow_shift(tiny_two: Path, pipeline_of: Callable[[Path], WanPipeline], flow_shift: float) -> None:
     compare(pipeline_of(tiny_two), tiny_two, steps=10, flow_shift=flow_shift, ranks=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("steps", "guidance"), [(1, 5.0), (4, 1.0), (20, 5.0)])
+def test_a_timestep_for_each_token(
+    tiny_ti2v: Path, pipeline_of: Callable[[Path], WanPipeline], steps: int, guidance: float, ranks: int
+) -> None:
+    """Of text to video it is the same for all of them."""
+    pipeline = pipeline_of(tiny_ti2v)
+    assert pipeline.config.expand_timesteps and pipeline.vae_scale_factor_spatial == 16
+    compare(pipeline, tiny_ti2v, steps=steps, guidance=(guidance, guidance), size=(4, 6), ranks=ranks, flow_shift=5.0)
 
 
 def test_many_shards(tiny_sharded: Path, pipeline_of: Callable[[Path], WanPipeline]) -> None:

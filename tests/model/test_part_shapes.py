@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dualparal.model.part_shapes import text_encoder_shapes, vae_shapes
-from dualparal.planning.sizes import UMT5_XXL
+from dualparal.planning.sizes import UMT5_XXL, VAE_2_2
 
 SMALL: dict[str, Any] = {
     "base_dim": 16, "decoder_base_dim": 16, "z_dim": 12, "dim_mult": [1, 2, 4], "num_res_blocks": 1,
@@ -21,17 +21,16 @@ SMALL: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     "config",
-    [{}, SMALL, {"attn_scales": [1.0, 0.25]}, {"decoder_base_dim": 48, "dim_mult": [1, 1, 2, 4], "num_res_blocks": 3}],
-    ids=["Wan's own", "the pocket model's", "attention between", "another decoder"],
-)
+    [
+        {}, SMALL, {"attn_scales": [1.0, 0.25]}, {"decoder_base_dim": 48, "dim_mult": [1, 1, 2, 4], "num_res_blocks": 3},
+        VAE_2_2.config, {**SMALL, "is_residual": True, "dim_mult": [1, 2, 2]},
+    ],
+    ids=["Wan's own", "the pocket model's", "attention between", "another decoder", "Wan2.2's", "small and residual"],
+)  # fmt: skip
 def test_vae(config: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = AutoencoderKLWan(**config)
     assert vae_shapes(config) == {key: tuple(value.shape) for key, value in model.state_dict().items()}
-
-
-def test_the_residual_form_is_not_checked() -> None:
-    assert vae_shapes({"is_residual": True}) is None
 
 
 @pytest.mark.parametrize("feed_forward", ["gated-gelu", "relu"])

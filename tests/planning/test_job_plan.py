@@ -120,7 +120,7 @@ def test_a_host_holds_all_ranks_together() -> None:
 def test_a_text_encoder_that_leaves_makes_room() -> None:
     request, model, placement = case()
     kept, freed = (plan_job(request, model, replace(placement, text_encoder=where)).memory for where in ("keep", "cpu"))
-    text, decoding = model.text_parameters * 2, kept.codec - model.text_parameters * 2 - model.vae_parameters * 4
+    text, decoding = model.text_parameters * 2, kept.codec - model.text_parameters * 2 - model.vae.parameters * 4
     assert kept.codec - freed.codec == min(text, decoding)
 
 
@@ -129,7 +129,7 @@ def test_the_decode_follows_the_vaes_dtype() -> None:
     request, model, placement = case("wan2.1-14b-720p")
     full, half = (plan_job(request, model, replace(placement, vae_dtype=name)).memory for name in ("float32", "bfloat16"))
     saved = full.codec - half.codec
-    assert saved == model.vae_parameters * 2 + 720 * 1280 * (53 * 4 - 55 * 2) * 96
+    assert saved == model.vae.parameters * 2 + 720 * 1280 * (53 * 4 - 55 * 2) * 96
     assert 9 * GB < saved < 10 * GB
 
 
@@ -241,11 +241,11 @@ def test_layers_move_away_from_the_codec() -> None:
 def test_published_sizes_equal_a_folders(tiny: Path) -> None:
     sizes = sizes_of(Checkpoint(tiny))
     assert (sizes.num_experts, sizes.config["num_layers"]) == (1, 4)
-    assert 0 < sizes.text_parameters < 100_000 and 0 < sizes.vae_parameters < 100_000
+    assert 0 < sizes.text_parameters < 100_000 and 0 < sizes.vae.parameters < 100_000
     assert find_sizes(str(tiny), Preset()) == sizes
-    for name, (config, num_experts) in PUBLISHED_MODELS.items():
+    for name, (config, num_experts, vae) in PUBLISHED_MODELS.items():
         known = find_sizes(name, Preset(model=name))
-        assert (known.config, known.num_experts) == (config, num_experts)
+        assert (known.config, known.num_experts, known.vae) == (config, num_experts, vae)
     with pytest.raises(CheckpointError, match="not known before its download"):
         find_sizes("someone/else", Preset(model="someone/else"))
 

@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,6 @@ from dualparal.planning.layer_split import split_layers
 from dualparal.planning.memory import (
     GPU_RUNTIME_BYTES,
     STEP_COPIES,
-    VAE_BYTES_PER_PIXEL,
     CachedFrames,
     codec_bytes,
     memory_plan,
@@ -43,10 +43,13 @@ from dualparal.planning.placement import ModelSizes, Placement
 from dualparal.planning.sizes import (
     PUBLISHED_MODELS,
     UMT5_XXL,
-    VAE_PARAMETERS,
+    VAE_2_1,
+    VAE_2_2,
     WAN_1_3B,
+    WAN_5B,
     WAN_14B,
     DiTSizes,
+    VaeSizes,
     umt5_float32_parameters,
     umt5_parameters,
 )
@@ -79,7 +82,7 @@ def plan_14b(ranks: int = 4, **values: Any) -> MemoryPlan:
 # Sizes
 
 
-@pytest.mark.parametrize("config", [WAN_1_3B, WAN_14B, TINY, ODD], ids=["1.3B", "14B", "tiny", "odd"])
+@pytest.mark.parametrize("config", [WAN_1_3B, WAN_14B, WAN_5B, TINY, ODD], ids=["1.3B", "14B", "5B", "tiny", "odd"])
 def test_parameters_of_every_share_equal_the_real_model(config: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
@@ -100,6 +103,7 @@ def test_parameters_known_by_heart() -> None:
     assert DiTSizes.of(WAN_1_3B).share(range(30)).count == 1_418_996_800
     assert DiTSizes.of(WAN_14B).share(range(40)).count == 14_288_491_584
     assert DiTSizes.of(WAN_14B).layer.count == 351_394_304
+    assert DiTSizes.of(WAN_5B).share(range(30)).count == 4_999_787_712
 
 
 def test_missing_config_keys_have_diffusers_defaults() -> None:
@@ -126,6 +130,7 @@ def test_tokens() -> None:
     assert DiTSizes.of(WAN_14B).tokens_per_frame(480, 832) == 1560
     assert DiTSizes.of(WAN_1_3B).tokens_per_frame(720, 1280) == 3600
     assert DiTSizes.of(ODD).tokens_per_frame(64, 96) == 2 * 3
+    assert DiTSizes.of(WAN_5B).tokens_per_frame(704, 1280, VAE_2_2.spatial_factor) == 880
 
 
 # Work
@@ -383,18 +388,20 @@ def test_switch_between_experts_needs_the_larger_window() -> None:
     assert two_plan.messages == one_plan.messages * 24 // 16
 
 
+@pytest.mark.parametrize("sizes", [VAE_2_1, VAE_2_2], ids=["2.1", "2.2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_decoding_by_the_real_vae(dtype: torch.dtype) -> None:
+def test_decoding_by_the_real_vae(dtype: torch.dtype, sizes: VaeSizes) -> None:
     """At a small size, on fake tensors: the peak of a streamed decode, which follows the VAE's dtype."""
     height, width = 128, 192
     with FakeTensorMode(), default_dtype(dtype):
-        vae = AutoencoderKLWan().eval().requires_grad_(False)
-        assert sum(value.numel() for value in vae.parameters()) == VAE_PARAMETERS
+        vae = AutoencoderKLWan(**sizes.config).eval().requires_grad_(False)
+        assert sum(value.numel() for value in vae.parameters()) == sizes.parameters
+        assert vae.config.scale_factor_spatial == sizes.spatial_factor
         decoder, peak = StreamingDecoder(vae), Peak()
         with peak:
             for _ in range(3):  # the first frames fill the caches
-                decoder.decode(torch.zeros(1, 16, 1, height // 8, width // 8))
-    planned = height * width * VAE_BYTES_PER_PIXEL[str(dtype).removeprefix("torch.")]
+                decoder.decode(torch.zeros(1, decoder.z_dim, 1, height // sizes.spatial_factor, width // sizes.spatial_factor))
+    planned = height * width * sizes.decoding_bytes_per_pixel(str(dtype).removeprefix("torch."))
     assert peak.most <= planned <= 1.06 * peak.most
 
 
@@ -402,10 +409,10 @@ def test_codec_bytes() -> None:
     schedule = make_schedule(Rules(), BlockPlan.of(40, 8, 8), (0,) * 50)
     default = codec_bytes(schedule, 480, 832, "bfloat16")
     assert default / 1e9 == pytest.approx(2 * 5.68 + 0.5 + 8.1 + 1.0, abs=0.2)
-    tiny = codec_bytes(schedule, 480, 832, "bfloat16", text_encoder_bytes=5, vae_bytes=7)
-    assert default - tiny == 2 * umt5_parameters() + 4 * VAE_PARAMETERS - 12
+    tiny = codec_bytes(schedule, 480, 832, "bfloat16", text_encoder_bytes=5, vae=replace(VAE_2_1, parameters=7))
+    assert default - tiny == 2 * umt5_parameters() + 4 * VAE_2_1.parameters - 5 - 28
     half = codec_bytes(schedule, 480, 832, "bfloat16", vae_dtype="bfloat16")
-    assert default - half == 2 * VAE_PARAMETERS + 480 * 832 * (53 * 4 - 55 * 2) * 96
+    assert default - half == 2 * VAE_2_1.parameters + 480 * 832 * (53 * 4 - 55 * 2) * 96
 
 
 @pytest.mark.parametrize("preset", [preset for preset in load_presets().values() if preset.model in PUBLISHED_MODELS])
