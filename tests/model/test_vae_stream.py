@@ -140,9 +140,12 @@ def test_a_lacking_tensor_is_named(tiny: Path, tmp_path: Path) -> None:
         StreamingDecoder.load(Checkpoint(folder), device="cpu")
 
 
-def test_a_picture_is_encoded_as_diffusers_does_it_while_a_video_is_decoded(tiny: Path) -> None:
-    decoder = StreamingDecoder.load(Checkpoint(tiny), device="cpu")
-    picture = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize(("name", "factor"), [("tiny", 8), ("tiny_ti2v", 16)])
+def test_a_picture_is_encoded_as_diffusers_does_it_while_a_video_is_decoded(
+    name: str, factor: int, request: pytest.FixtureRequest
+) -> None:
+    decoder = StreamingDecoder.load(Checkpoint(request.getfixturevalue(name)), device="cpu")
+    picture = torch.randint(0, 256, (4 * factor, 6 * factor, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     latents = torch.randn(1, decoder.z_dim, 4, 4, 6, generator=torch.Generator().manual_seed(3))
     whole = decoder.decode(latents)
     decoder.begin()
