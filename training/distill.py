@@ -5,6 +5,9 @@ with which a single Euler step lands where the teacher's guided flow goes, follo
 evaluations). The states are those that the student comes to itself, from pure noise and a prompt: it needs no scene, and learns
 to go on from what it makes. No random target is regressed on, so that nothing is blurred.
 
+A block sees the next one a step noisier than it is itself, with four steps up to a quarter of the noise. So most windows end
+with such latents, and what is learnt of the others is still what the teacher does where all are alike.
+
 `python -m training.distill --work FOLDER` trains, killed and started again it goes on; `--export FILE` writes what is there.
 
 Shapes: S steps of the student, b batch, z latent channels, t latents, 8 x 8 in space.
@@ -41,7 +44,9 @@ GUIDANCE = 2.5  # of the teacher, the pocket preset's
 RANK = 32
 TRAINING_STEPS, PEAK_RATE = 2000, 1.5e-3
 TOKENS_PER_STEP = 800
-WINDOW_LATENTS = (8, 21)
+WINDOW_LATENTS = (8, 24)
+AS_BLOCKS = 0.75  # share of training steps whose windows are as the engine's, the next block a step noisier
+RIGHT_LATENTS = (4, 8)  # of the next block in these
 USES = 8  # so many training steps for each batch that is made
 KEPT = 64  # batches to draw from
 LEVEL_SHARES = (0.2, 0.2, 0.25, 0.35)  # the last step does most of the work
@@ -100,7 +105,7 @@ class Student(nn.Module):
         return with_zero_key(embedded, tokens.attention_mask)
 
     def velocity(self, x: torch.Tensor, level: torch.Tensor, text: Text, *, with_lora: bool) -> torch.Tensor:
-        """[b, z, t, 8, 8] at noise levels [b]."""
+        """[b, z, t, 8, 8] at noise levels [b], or [b, n] for each token."""
         for lora in self.loras.values():
             lora.is_on = with_lora
         keys, self._attention.bias = text
@@ -149,12 +154,33 @@ def make_batch(student: Student, rng: np.random.Generator) -> Batch:
 
 def loss_of(student: Student, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
     """Mean square error of the velocity at one step of each video, the object weighing more than the flat background."""
+    if rng.uniform() < AS_BLOCKS and batch.x.shape[3] > RIGHT_LATENTS[1]:
+        return _loss_as_blocks(student, batch, rng)
     size = len(batch.captions)
     step, each = torch.from_numpy(rng.choice(NUM_STEPS, size=size, p=LEVEL_SHARES)), torch.arange(size)
     x, target, level = batch.x[step, each].float(), batch.target[step, each].float(), torch.tensor(levels())[step]
+    return _loss(student.velocity(x, level, student.read(batch.captions), with_lora=True), x, target, level)
+
+
+def _loss_as_blocks(student: Student, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
+    """The same of windows whose last latents, the next block's, are a step behind; at the first step it has not entered."""
+    num_latents, size = batch.x.shape[3], len(batch.captions)
+    own = num_latents - int(rng.integers(RIGHT_LATENTS[0], RIGHT_LATENTS[1] + 1))
+    step = int(rng.choice(NUM_STEPS, p=LEVEL_SHARES))
+    x, target = batch.x[step].float()[:, :, :own], batch.target[step].float()[:, :, :own]
+    level = torch.full((size, own), levels()[step])
+    window, at = x, level
+    if step:
+        window = torch.cat([x, batch.x[step - 1].float()[:, :, own:]], dim=2)
+        at = torch.cat([level, torch.full((size, num_latents - own), levels()[step - 1])], dim=1)
+    per_token = at.repeat_interleave(TOKENS_PER_LATENT, dim=1)  # [b, n]
+    velocity = student.velocity(window, per_token, student.read(batch.captions), with_lora=True)
+    return _loss(velocity[:, :, :own], x, target, level[:, 0])
+
+
+def _loss(velocity: torch.Tensor, x: torch.Tensor, target: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     s = level.view(-1, 1, 1, 1, 1)
-    error = student.velocity(x, level, student.read(batch.captions), with_lora=True) - target
-    return (object_weight(x - s * target, s) * error.square()).mean()
+    return (object_weight(x - s * target, s) * (velocity - target).square()).mean()
 
 
 def training_steps(work: Path, seed: int, num_steps: int, deadline_s: float = math.inf) -> Iterator[tuple[int, Student, Ema]]:

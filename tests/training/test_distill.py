@@ -49,6 +49,31 @@ def test_the_targets_are_the_teachers_whatever_the_student_has_learnt() -> None:
     assert (moved - batch.x[3].float()).abs().max() < 0.02
 
 
+def test_windows_as_the_engines_end_with_latents_a_step_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, seen = distill.Student(), []
+    monkeypatch.setattr(distill, "RIGHT_LATENTS", (1, 1))
+    batch = distill.make_batch(student, np.random.default_rng(3))
+    real = student.velocity
+    monkeypatch.setattr(
+        student, "velocity", lambda x, level, *more, **how: seen.append((x, level)) or real(x, level, *more, **how)
+    )
+    num_latents, grid = batch.x.shape[3], distill.levels()
+    found = set()
+    for seed in range(12):
+        assert distill._loss_as_blocks(student, batch, np.random.default_rng(seed)).isfinite()
+        (x, level), seen[:] = seen[0], []
+        per_latent = level.unflatten(1, (-1, distill.TOKENS_PER_LATENT))[0, :, 0].tolist()
+        step = grid.index(pytest.approx(per_latent[0]))
+        found.add(step)
+        assert torch.equal(x[:, :, : num_latents - 1], batch.x[step].float()[:, :, :-1])
+        if step == 0:
+            assert x.shape[2] == num_latents - 1, "the next block has not entered"
+        else:
+            assert per_latent == pytest.approx([grid[step]] * (num_latents - 1) + [grid[step - 1]])
+            assert torch.equal(x[:, :, -1], batch.x[step - 1].float()[:, :, -1])
+    assert found == {0, 1, 2, 3}
+
+
 def test_it_goes_on_where_it_was_and_its_file_is_the_students(tmp_path: Path) -> None:
     for _ in distill.training_steps(tmp_path / "whole", 0, 4):
         pass
