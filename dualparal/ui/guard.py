@@ -34,6 +34,8 @@ async def refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if "/file=" in request.url.path and error.status_code in (403, 404):
         return JSONResponse(NO_FILE, status_code=error.status_code)
+    if request.url.path.startswith("/v1/"):  # what no route there takes, such as a line end in an address
+        return refusal_at(request.url.path, error.status_code, str(error.detail), error.headers)
     return await http_exception_handler(request, error)
 
 

@@ -11,7 +11,7 @@ from dualparal.errors import DualParalError, EngineError, OutputError, QueueFull
 from dualparal.ui.words import without_paths
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-CODES = {403: "not_allowed", 408: "timeout", 413: "too_large"}
+CODES = {403: "not_allowed", 404: "unknown_url", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
 RETRY_S = "5"
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anyio import to_thread
 from starlette.requests import Request
@@ -41,9 +42,8 @@ def video(found: Snapshot, request: Request, kind: str | None) -> Response:
     if kind not in (None, "mp4", "ts"):
         raise Refusal(400, "format is mp4 or ts; leave it out for what there is", "invalid_value", param="format")
     if found.video is not None and kind != "ts":
-        return FileResponse(
-            found.video, media_type=MP4, filename=f"dualparal-{found.job_id}.mp4", content_disposition_type="inline"
-        )
+        name = f"dualparal-{found.job_id}.mp4"
+        return file(found.video, request, media_type=MP4, filename=name, content_disposition_type="inline")
     if kind == "mp4" or not found.blocks:
         what = "no block of it was finished" if found.is_ended else "no block of it is finished yet; ask again"
         if kind == "mp4" and not found.is_ended:
@@ -65,25 +65,38 @@ def picture(found: Snapshot) -> Path:
     return target
 
 
-def segment(found: Snapshot, block: int) -> Response:
+def segment(found: Snapshot, request: Request, block: int) -> Response:
     """One finished block, MPEG-TS. Raises `Refusal`."""
     path = next((Path(ready.path) for ready in found.blocks if ready.block == block), None)
     if path is None or not is_file(path):
         raise Refusal(404, f"video {found.job_id}: block {block} is not finished", "not_ready")
-    return FileResponse(path, media_type=TS)
+    return file(path, request, media_type=TS)
 
 
-def whole_file(path: Path, kind: str) -> Response:
-    """A small file that may be replaced while it is sent."""
-    return WholeFileResponse(path, media_type=kind, headers=FRESH)
+def file(path: Path, request: Request, *, may_change: bool = False, **about: Any) -> Response:
+    """A file, or the range of it that is asked for; one that `may_change` while it is sent is small. A range that is not
+    understood is passed over. Raises `Refusal` for one that is behind the end."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise Refusal(404, f"{path.name} is not there any more", "gone") from None
+    asked = request.headers.get("range")
+    span = _span(asked, size)
+    if asked is not None and (span is None or not span[0] < span[1]):
+        if span is not None and "if-range" not in request.headers:
+            raise _behind_the_end(size, {})
+        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0].lower() != b"range"]
+    if may_change:
+        return WholeFileResponse(path, headers=FRESH, **about)
+    return FileResponse(path, **about)
 
 
-def rough_block(found: Snapshot, block: int) -> Response:
+def rough_block(found: Snapshot, request: Request, block: int) -> Response:
     """How a block was last seen: a JPEG with a small picture for each latent frame, eight in a row. Raises `Refusal`."""
     path = found.folder.look / f"{block:04d}.jpg"
     if not is_file(path):
         raise Refusal(404, f"video {found.job_id}: block {block} has not been seen yet", "not_ready")
-    return whole_file(path, "image/jpeg")
+    return file(path, request, may_change=True, media_type="image/jpeg")
 
 
 def _stream(found: Snapshot, request: Request) -> Response:
@@ -96,14 +109,18 @@ def _stream(found: Snapshot, request: Request) -> Response:
     span = _span(asked, size)
     total = str(size) if found.is_ended else "*"
     if span is not None and not 0 <= span[0] < span[1]:
-        headers["Content-Range"] = f"bytes */{size}"
-        raise Refusal(416, f"there are {size} bytes of it so far", "range_not_satisfiable", headers=headers)
+        raise _behind_the_end(size, headers)
     start, stop = span or (0, size)
     if span is not None:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{total}"
     headers["Content-Length"] = str(stop - start)
     body = _bytes(parts, start, stop)
     return StreamingResponse(body, status_code=200 if span is None else 206, media_type=TS, headers=headers)
+
+
+def _behind_the_end(size: int, headers: dict[str, str]) -> Refusal:
+    headers = {**headers, "Content-Range": f"bytes */{size}"}
+    return Refusal(416, f"there are {size} bytes of it", "range_not_satisfiable", headers=headers)
 
 
 def _parts(found: Snapshot) -> list[Part]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
@@ -153,20 +153,20 @@ class Videos:
         if variant == "video":
             return await self._in_thread(content.video, found, request, request.query_params.get("format"))
         if variant == "thumbnail":
-            return FileResponse(await self._in_thread(content.picture, found), media_type="image/jpeg")
+            return content.file(await self._in_thread(content.picture, found), request, media_type="image/jpeg")
         if variant != "look":
             raise Refusal(400, "variant is video, thumbnail or look", "invalid_value", param="variant")
         if (path := await self._in_thread(self._studio.look, found)) is None:
             raise Refusal(404, f"video {found.job_id}: nothing can be seen of it yet", "not_ready")
-        return content.whole_file(path, "image/webp")
+        return content.file(path, request, may_change=True, media_type="image/webp")
 
     async def segment(self, request: Request) -> Response:
         """One finished block as MPEG-TS."""
-        return await self._in_thread(content.segment, await self._read(request), _number(request))
+        return await self._in_thread(content.segment, await self._read(request), request, _number(request))
 
     async def look(self, request: Request) -> Response:
         """How a block was last seen: one JPEG with a small picture for each latent frame, eight in a row."""
-        return await self._in_thread(content.rough_block, await self._read(request), _number(request))
+        return await self._in_thread(content.rough_block, await self._read(request), request, _number(request))
 
     async def events(self, request: Request) -> Response:
         """Progress, finished blocks with their segment's address and early looks as server-sent events, at last the video under
