@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.common import hardware, table
 from benchmarks.vae_dtype import normalised_latents, psnr_db
-from dualparal.model.source import find_model
+from dualparal.model.source import find_checkpoint
 from dualparal.model.vae import StreamingDecoder, to_uint8
 from dualparal.pocket.world import held_out_prompts
 from training.train_vae import sample_clips
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--frames", type=int, default=33, help="of a clip, 4k + 1")
     options = parser.parse_args(argv)
-    decoder = StreamingDecoder.load(find_model("pocket")[1], device="cpu")
+    decoder = StreamingDecoder.load(find_checkpoint("pocket"), device="cpu")
     rng = np.random.default_rng(0)
     found: dict[bool, list[list[float]]] = {True: [], False: []}
     for _ in range(options.pairs):

@@ -11,6 +11,7 @@ from typing import Any
 from dualparal.errors import RequestError
 from dualparal.prompts import shown, text_of_shot
 
+TEMPORAL_FACTOR = 4  # frames folded into one latent frame by the Wan VAE (the first latent holds one frame)
 LENGTHS = ("latents_num", "num_frames", "seconds")  # a request gives at most one of them
 
 
@@ -22,8 +23,13 @@ def check_together(found: Any) -> None:
         raise RequestError(f"{' and '.join(given)} both give the length; give one of them", given[1])
     if found.shots is not None:
         _check_shots(found, given)
+    _check_num_frames(found)
     if found.start_image is not None:
         _check_start(found)
+    if found.continue_from is not None:
+        _check_continued(found)
+    elif found.join:
+        raise RequestError("join: there is no film to join; say with continue_from which one is continued", "join")
     per_block, num_cat = found.num_per_block, found.num_cat
     if per_block is not None and num_cat is not None and num_cat > per_block:
         raise RequestError(
@@ -73,6 +79,29 @@ def _check_start(found: Any) -> None:
             f"start_image: the picture is the first of {what}'s latent frames, and there is no other; make it longer",
             "start_image",
         )
+
+
+def _check_continued(found: Any) -> None:
+    """Raise `RequestError` for a film that has two beginnings, or whose continuation would not see it."""
+    if found.start_image is not None:
+        raise RequestError(
+            "continue_from and start_image both say what the film begins with; give one of them", "continue_from"
+        )
+    if found.num_cat == 0:
+        raise RequestError(
+            "continue_from: with num_cat=0 no block would see the film that is continued; use at least 1", "continue_from"
+        )
+
+
+def _check_num_frames(found: Any) -> None:
+    """Raise `RequestError` for frames that are not whole latents; of settings latents are the measure."""
+    if not _is_request(found) or (num_frames := found.num_frames) is None:
+        return
+    more = 0 if found.continue_from is not None else 1  # a film's first latent frame holds one
+    if num_frames % TEMPORAL_FACTOR != more:
+        low = (num_frames - more) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + more
+        way_out = f"use {low} or {low + TEMPORAL_FACTOR}" if low > 0 else f"use {low + TEMPORAL_FACTOR}"
+        raise RequestError(f"num_frames={shown(num_frames)}: must be 4k{' + 1' * more}; {way_out}", "num_frames")
 
 
 def _is_request(found: Any) -> bool:

@@ -19,6 +19,9 @@ TS_PACKET_BYTES = 188
 SEAL = "seal"
 STEERED = "steered.json"  # within a job's folder: its request, once it was steered
 START_IMAGE = "start.png"  # within a job's folder: the picture that its film begins with, in the film's size
+START_LATENTS = "start.safetensors"  # within a job's folder: the end of the film that it continues
+BEFORE = "before.mp4"  # within a job's folder: that film, where the two are joined
+END_LATENTS = "end/latents.safetensors"  # within a job's folder: the end of its own film, for one that continues it
 STATE_FOLDER = "state"  # within a job's folder: what resume needs
 
 

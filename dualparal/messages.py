@@ -159,9 +159,12 @@ class EncodedPicture:
 
 @dataclass(frozen=True)
 class OpenVideo:
+    """`before`: latents [1, C, F, h, w] float32 of a film that this one continues: to be decoded, not shown."""
+
     job: RunJob
     height: int
     width: int
+    before: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _length(request: GenerationRequest, preset: Preset, fps: int) -> dict[str, A
     """Latent frames of the video that `request` asks for, and of its shots."""
     if request.shots is None:
         return {"latents_num": _latents(request, preset, fps)}
-    shots = settle_shots(request.shots, fps)
+    shots = settle_shots(request.shots, fps, is_continued=request.continue_from is not None)
     return {"shots": shots, "latents_num": sum(shot.latents_num or 0 for shot in shots)}
 
 
@@ -182,7 +182,9 @@ def _latents(request: GenerationRequest, preset: Preset, fps: int) -> int:
     if request.num_frames is not None:
         field, latents_num = "num_frames", (request.num_frames - 1) // TEMPORAL_FACTOR + 1
     else:
-        field, latents_num = "seconds", latents_of_seconds(request.seconds or preset.seconds, fps)
+        is_continued = request.continue_from is not None
+        seconds = request.seconds or preset.seconds
+        field, latents_num = "seconds", latents_of_seconds(seconds, fps, is_continued=is_continued)
     if latents_num > MAX_LATENTS:
         raise RequestError(
             f"{field}={getattr(request, field) or preset.seconds:g} is {latents_num} latent frames at {fps} fps; "

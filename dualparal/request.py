@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
+from dualparal.agreement import TEMPORAL_FACTOR as TEMPORAL_FACTOR
 from dualparal.agreement import check_together
 from dualparal.errors import RequestError
 from dualparal.prompts import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
 from dualparal.prompts import Shot, checked_shots, split_timeline, usable_text
 from dualparal.prompts import shown as shown
 
-TEMPORAL_FACTOR = 4  # frames folded into one latent frame by the Wan VAE (the first latent holds one frame)
 MAX_LATENTS = 100_000
 MAX_SEED = 2**63 - 1
 MAX_LORAS = 16
@@ -45,9 +45,11 @@ def frames_of_latents(latents_num: int) -> int:
     return (latents_num - 1) * TEMPORAL_FACTOR + 1
 
 
-def latents_of_seconds(seconds: float, fps: int) -> int:
-    """Latent frames whose video lasts at least `seconds` at `fps`: 4 * ceil((seconds * fps - 1) / 4) + 1 frames."""
-    return max(1, math.ceil((seconds * fps - 1) / TEMPORAL_FACTOR - 1e-9) + 1)
+def latents_of_seconds(seconds: float, fps: int, *, is_continued: bool = False) -> int:
+    """Latent frames whose video lasts at least `seconds` at `fps`: 4 * ceil((seconds * fps - 1) / 4) + 1 frames; where it goes
+    on from another, 4 * ceil(seconds * fps / 4)."""
+    lacking = 0 if is_continued else TEMPORAL_FACTOR - 1
+    return max(1, math.ceil((seconds * fps + lacking) / TEMPORAL_FACTOR - 1e-9))
 
 
 class _Described(BaseModel):
@@ -180,13 +182,27 @@ class Settings(_Described):
         "also without the preset's",
         json_schema_extra={"flags": ["with_lora"], "dest": "with_lora", "metavar": "[high:|low:]LORA[:SCALE]"},
     )  # fmt: skip
+    continue_from: str | None = Field(
+        None, min_length=1, max_length=4096, description="a film to go on from: the id of a job of one's own that has ended",
+        json_schema_extra={"metavar": "JOB"},
+    )  # fmt: skip
+    join: bool = Field(
+        False, description="the video begins with the film that it continues, which is not encoded again",
+        json_schema_extra={"is_switch": True},
+    )  # fmt: skip
+    ghost: int = Field(0, ge=0, le=MAX_LATENTS, description="latent frames that were kept of the film that is continued")
+    num_frames_before: int = Field(0, ge=0, description="frames of the film that is continued, where they are joined")
     model: str = Field("", description="hub id or folder name of the model; empty where it is not known")
+
+    def to_json(self) -> str:
+        """As a video tells it to whoever has it, who need not know the jobs that it was made by."""
+        return json.dumps(self.model_dump(exclude_none=True, exclude={"continue_from"}), ensure_ascii=False)
 
     @property
     def num_frames(self) -> int:
-        """Frames of the video: of each scene's first latent one, of every other four."""
-        num_cuts = sum(shot.transition == "cut" for shot in (self.shots or ())[1:])
-        return frames_of_latents(self.latents_num) - (TEMPORAL_FACTOR - 1) * num_cuts
+        """Frames that are made: of each scene's first latent one, of every other four."""
+        num_begun = sum(shot.transition == "cut" for shot in (self.shots or ())[1:]) + (self.continue_from is None)
+        return TEMPORAL_FACTOR * self.latents_num - (TEMPORAL_FACTOR - 1) * num_begun
 
     @property
     def all_text(self) -> str:
@@ -204,14 +220,15 @@ class Settings(_Described):
 
 
 def asked_again(values: dict[str, Any]) -> dict[str, Any]:
-    """Of the `values` of settings those that a request of the same has; a timeline's shots say how long it is. A picture is
-    known by its digest only and has to be given again."""
-    left_out = {*NOT_ASKED, "start_image", *(("latents_num",) if values.get("shots") else ())}
+    """Of the `values` of settings those that a request of the same has; a timeline's shots say how long it is. What a film
+    begins with has to be given again: of a picture only the digest is known, and a continued film may be gone."""
+    left_out = {*NOT_ASKED, "start_image", "continue_from", "join", *(("latents_num",) if values.get("shots") else ())}
     return {name: value for name, value in values.items() if name not in left_out}
 
 
 IN_PROMPT = {"shots"}  # what has no flag: it is written in the prompt
-NOT_ASKED = {"model", "left_context", "chosen"}  # of the fields of settings; they come of the engine and of the policy
+# of the fields of settings; they come of the engine, of the policy and of the film that is continued
+NOT_ASKED = {"model", "left_context", "chosen", "ghost", "num_frames_before"}
 
 
 def _open_fields() -> dict[str, Any]:
@@ -222,7 +239,8 @@ def _open_fields() -> dict[str, Any]:
             kind: Any = Annotated[info.annotation, *info.metadata] if info.metadata else CHOSEN.get(name, info.annotation)
             fields[name] = (kind | None, Field(None, description=info.description, json_schema_extra=info.json_schema_extra))
         if name == "latents_num":
-            fields["num_frames"] = (int | None, Field(None, ge=1, le=400_000, description="length in video frames, 4k + 1"))
+            words = "length in video frames, 4k + 1, or 4k that go on from another film"
+            fields["num_frames"] = (int | None, Field(None, ge=1, le=400_000, description=words))
             fields["seconds"] = (float | None, Field(None, gt=0, le=25_000, description="length in seconds"))
     return fields
 
@@ -233,7 +251,7 @@ _Open: Any = create_model("_Open", __base__=_Described, **_open_fields())
 class GenerationRequest(_Open):
     """One video to make: the fields of `Settings`, of which all but the prompt may be None. The model's preset fills them.
 
-    Give the length once: `latents_num` (latent frames), `num_frames` (video frames, 4k + 1), `seconds` or `shots`. Lines of the
+    Give the length once: `latents_num` (latent frames), `num_frames` (video frames), `seconds` or `shots`. Lines of the
     prompt that begin with a duration in brackets are shots (`dualparal.prompts`). With prompt_embeds the prompt is only what
     people read.
     """
@@ -247,14 +265,6 @@ class GenerationRequest(_Open):
         if values.get("shots"):
             values.setdefault("prompt", "")
         super().__init__(**values)
-
-    @field_validator("num_frames")
-    @classmethod
-    def _whole_latents(cls, num_frames: int | None) -> int | None:
-        if num_frames is not None and num_frames % TEMPORAL_FACTOR != 1:
-            low = (num_frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
-            raise ValueError(f"must be 4k + 1; use {low} or {low + TEMPORAL_FACTOR}")
-        return num_frames
 
     @classmethod
     def from_json(cls, text: str) -> GenerationRequest:

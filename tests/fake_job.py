@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from dualparal.events import BlockReady, Progress, Started, Steered
-from dualparal.files import STEERED, write_record
+from dualparal.files import END_LATENTS, STEERED, write_record
 from dualparal.media.writer import Segment, VideoWriter
 from dualparal.messages import TOO_LATE, RunJob, Span, Spans, Steer, SteerAnswer, VideoClosed
 from dualparal.method.rules import plan_of, rules_of
 from dualparal.method.schedule import Item, make_schedule
 from dualparal.method.timeline import steered
+from dualparal.model.source import find_checkpoint
 
 TELL_EVERY_S = 0.2
 
@@ -35,8 +37,9 @@ class JobUnderWay:
         self._steps = [0] * self.plan.num_blocks
         self._num_items = self.plan.num_blocks * request.num_inference_steps
         self._writer = QuickWriter(
-            Path(run.folder), width=request.width, height=request.height, fps=request.fps, export_images=run.export_images
-        )
+            Path(run.folder), width=request.width, height=request.height, fps=request.fps, export_images=run.export_images,
+            num_frames_before=request.num_frames_before,
+        )  # fmt: skip
         self._began_s, self._reported_s, self._spans = time.monotonic(), 0.0, list[Span]()
         self._timings = dict.fromkeys(("text_s", "denoise_s", "decode_s", "encode_s"), 0.0)
         say(
@@ -108,10 +111,19 @@ class JobUnderWay:
         began_s = time.monotonic()
         path = self._writer.finish(self.run.request.to_json())
         self._spent("encode", began_s, self.plan.num_blocks - 1)
+        if path:
+            self._keep_end()
         self._tell_spans()
         return VideoClosed(
             self.run.job_id, is_stopped, str(path) if path else None, self._writer.num_frames, dict(self._timings), None
         )
+
+    def _keep_end(self) -> None:
+        request, file = self.run.request, Path(self.run.folder) / END_LATENTS
+        file.parent.mkdir(exist_ok=True)
+        channels, pixels = find_checkpoint("pocket").latent_sizes
+        latents = np.zeros((1, channels, 2, request.height // pixels, request.width // pixels), np.float32)
+        save_file({"latents": latents}, file, {"num_frames": str(self._writer.num_frames)})
 
     def _spent(self, what: str, began_s: float, block: int = 0) -> None:
         now_s = time.monotonic()

@@ -35,7 +35,8 @@ CHOICES = {
     "context": ["recomputed", "cached", "auto"],
     "solver": ["unipc", "euler", "dpm++"],
 }
-NUMBERS = [name for name in OPTIONAL if name not in (*TEXT, *CHOICES, "micro_batches", "shots", "start_image", "loras")]
+NO_NUMBERS = (*TEXT, *CHOICES, "micro_batches", "shots", "start_image", "loras", "continue_from", "join")
+NUMBERS = [name for name in OPTIONAL if name not in NO_NUMBERS]
 # field: (values that are fine, values that are not)
 RANGES: dict[str, tuple[list[object], list[object]]] = {
     "latents_num": ([1, 40, MAX_LATENTS, 40.0], [0, -1, MAX_LATENTS + 1, 1.5]),
@@ -287,6 +288,7 @@ def test_everything_is_filled_from_the_preset() -> None:
         "micro_batches": False, "cache_interval": 1, "cache_order": 1, "disable_cache_before_step": 3,
         "disable_cache_after_step": None, "model": "Wan-AI/Some", "shots": None, "start_image": None,
         "loras": (),
+        "continue_from": None, "join": False, "ghost": 0, "num_frames_before": 0,
     }  # fmt: skip
     assert settings.num_frames == 81
     assert complete(settings.as_request(), preset) == settings
@@ -317,6 +319,7 @@ NONE_HAS_A_MEANING = {
     "disable_cache_after_step": "no such step",
     "shots": "one prompt throughout",
     "start_image": "no picture",
+    "continue_from": "no film",
 }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualparal.agreement import LENGTHS
-from dualparal.engine.given_picture import with_picture
+from dualparal.engine.beginning import with_picture
 from dualparal.errors import DualParalError, RequestError
 from dualparal.paths import is_file, why_missing
 from dualparal.prompts import split_timeline

@@ -61,7 +61,7 @@ def add_fields(
             "dest": _dest(name, info),
             "default": None,
         }
-        if info.annotation is bool:
+        if info.annotation is bool or beside.get("is_switch"):
             _add(add, name, flags, action="store_true", **keywords)
             if can_undo:
                 _add(add, f"no_{name}", action="store_false", dest=name, default=None, help=f"not --{name}, which the job had")

@@ -45,7 +45,8 @@ class Admission:
         with self._lock:
             self._dispatcher.check_room(owner)
             open_jobs = {job.id: job.request for job in self._dispatcher.jobs()}
-            self._storage.make_room(request, open_jobs, job_id=job_id, owner=owner)
+            keep = (request.continue_from,) if request.continue_from else ()
+            self._storage.make_room(request, open_jobs, job_id=job_id, owner=owner, keep=keep)
             yield
 
     def queue(self, run: RunJob, folder: JobFolder, owner: str) -> Job:

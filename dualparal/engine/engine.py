@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dualparal.engine.admission import Admission, Admit
+from dualparal.engine.beginning import like_its_film, with_beginning
 from dualparal.engine.comparer import CHANGES_OF_LAYERS, Comparer, check_fits, check_plain
 from dualparal.engine.dispatcher import Dispatcher
-from dualparal.engine.given_picture import with_picture
 from dualparal.engine.given_tensors import checked_noise, checked_text
 from dualparal.engine.replica import STUCK_S, Replica
 from dualparal.engine.resumption import Resumption
@@ -196,7 +196,9 @@ class Engine:
 
     def resolve(self, request: GenerationRequest | Settings, preset: Preset | None = None) -> Settings:
         """`request` completed from `preset` (default: the engine's own) and checked against its limits; settings are complete
-        as they are. Raises `RequestError`."""
+        as they are. A film that goes on from another has that one's size and rate. Raises `RequestError`."""
+        if not isinstance(request, Settings):
+            request = like_its_film(request, self.outputs)
         return self._setup.resolve(request, preset)
 
     def plan(self, request: GenerationRequest | Settings, *, is_short: bool = False) -> JobPlan:
@@ -221,12 +223,12 @@ class Engine:
         """Queue a request and return at once.
 
         `latents`: initial noise per block, each [1, C, F, h, w]; `prompt_embeds`, `negative_prompt_embeds`: [1, tokens, text
-        dim], used as they are. The picture that `start_image` names is read now.
+        dim], used as they are. What `start_image` and `continue_from` name is read now.
 
         Raises `RequestError`, `QueueFull`, `OutputError`, or `EngineError` when closed or failed.
         """
         settings = self.resolve(request)
-        settings, picture = with_picture(settings)
+        settings, files = with_beginning(settings, self.outputs, self.checkpoint.latent_sizes)
         settings, loras = self._setup.with_loras(settings)
         if (refusal := self.plan(settings, is_short=True).refusal) is not None:
             raise RequestError(refusal, "num_per_block")
@@ -245,7 +247,7 @@ class Engine:
             self._check_open()
             folder = create_job(
                 self.outputs, job_id, settings, preset=self.preset.name, owner=owner, layers=self.layers,
-                export_images=export_images, has_tensors=has_tensors, start_image=picture, **self._setup.made_with(loras),
+                export_images=export_images, has_tensors=has_tensors, begins_with=files, **self._setup.made_with(loras),
             )  # fmt: skip
             run = RunJob(
                 folder.job_id, settings, str(folder.path), return_latents, export_images, noise, cond, uncond, loras=loras
@@ -279,6 +281,8 @@ class Engine:
             raise RequestError("plain Wan takes no picture; compare a film that begins without one", "start_image")
         if settings.loras:
             raise RequestError("plain Wan is compared as it is; compare a video without LoRAs", "loras")
+        if settings.continue_from is not None:
+            raise RequestError("plain Wan continues no film; compare one that begins by itself", "continue_from")
         if self._is_started:
             check_fits(self.plan(settings, is_short=True), self._setup.sizes, num_replicas=self.num_replicas)
         self._admission.check(settings)

@@ -39,7 +39,10 @@ def join_blocks(folder: JobFolder, request: Settings, blocks: Sequence[BlockRead
         )
     try:
         remove_partials(folder.path)
-        writer = VideoWriter(folder.path, width=request.width, height=request.height, fps=request.fps, segments=segments)
+        writer = VideoWriter(
+            folder.path, width=request.width, height=request.height, fps=request.fps, segments=segments,
+            num_frames_before=request.num_frames_before,
+        )  # fmt: skip
         return str(writer.finish(request.to_json())), writer.num_frames
     except (OSError, ValueError) as error:
         log.error("job %s: the finished blocks could not be joined: %s", folder.job_id, error, extra={"job_id": folder.job_id})

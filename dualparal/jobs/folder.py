@@ -7,9 +7,11 @@ only appended to (a torn last line is ignored), and everything else is written u
                      steered.json     the request with the timeline that it was steered to (`ring.steering`)
                      events.jsonl     one event a line (`dualparal.events`), Progress left out
                      start.png        the picture that the film begins with, if with one; its digest is in the request
+                     start.safetensors, before.mp4   the end of the film that it continues, and that film, if joined to it
                      block_0000.ts    one playable segment per finished block
                      video.mp4        all finished blocks, settings in its metadata
                      look/            small pictures of each block as it was last seen (`jobs.looks`), and look.webp of all
+                     end/             the last latents, for a film that continues this one (`ring.film_end`)
                      timeline.json    when each stage worked on what; trace.json the same for Perfetto
                      notes.json       its name and star, if it was given any (`jobs.notes`)
                      state/           what resume needs; gone once the job has finished (`ring.saved_sweeps`)
@@ -26,7 +28,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from typing import Any
 from dualparal.errors import OutputError, RequestError
 from dualparal.events import FINAL, Event, Progress, Queued, event_from_json
 from dualparal.files import (
+    END_LATENTS,
     START_IMAGE,
     STATE_FOLDER,
     STEERED,
@@ -90,6 +93,11 @@ class JobFolder:
         return self.path / START_IMAGE
 
     @property
+    def end(self) -> Path:
+        """The end of its film (`jobs.film_end`)."""
+        return self.path / END_LATENTS
+
+    @property
     def look(self) -> Path:
         """The folder of early looks (`jobs.looks`)."""
         return self.path / "look"
@@ -97,19 +105,20 @@ class JobFolder:
     @classmethod
     def create(
         cls, outputs: Path, job_id: str, request: Settings,
-        *, before_naming: Callable[[Path], None] = lambda partial: None, start_image: bytes | None = None, **about: Any,
+        *, before_naming: Callable[[Path], None] = lambda partial: None, begins_with: Mapping[str, bytes | Path] | None = None,
+        **about: Any,
     ) -> JobFolder:  # fmt: skip
-        """Make the folder, put `start_image` into it and write `request.json` (`about` goes beside the request), which makes it
-        a job for whoever looks; `before_naming` is given that file before. Raises `OutputError`."""
+        """Make the folder, put the files that it `begins_with` into it by name (a copy of what lies at a path) and write
+        `request.json` (`about` goes beside the request), which makes it a job for whoever looks; `before_naming` is given that
+        file before. Raises `OutputError`."""
         folder = cls(outputs / check_job_id(job_id))
         record = {"job_id": job_id, "created_s": time.time(), **about, "request": request.model_dump(exclude_none=True)}
         try:
             make_private_folder(outputs)
             folder.path.mkdir(mode=0o700)
             try:
-                if start_image is not None:
-                    with written_atomically(folder.start_image) as partial, open(partial, "wb", opener=private) as opened:
-                        opened.write(start_image)
+                for name, content in (begins_with or {}).items():
+                    _put(folder.path / name, content)
                 write_record(folder.path / "request.json", record, before_naming)
             except OSError:
                 shutil.rmtree(folder.path, ignore_errors=True)
@@ -258,6 +267,20 @@ class JobFolder:
         """The wish is granted, or there is none; where the disk does not let go of it, it stays."""
         with contextlib.suppress(OSError):
             self.stop_wish.unlink(missing_ok=True)
+
+
+def _put(path: Path, content: bytes | Path) -> None:
+    """Write a file, or take one that is never written again under another name, where the file system has that."""
+    if isinstance(content, Path):
+        with contextlib.suppress(OSError):
+            os.link(content, path)
+            return
+    with written_atomically(path) as partial, open(partial, "wb", opener=private) as opened:
+        if isinstance(content, Path):
+            with open(content, "rb") as source:
+                shutil.copyfileobj(source, opened)
+        else:
+            opened.write(content)
 
 
 def _ends_torn(lines: io.FileIO) -> bool:

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dualparal.errors import OutputError, RequestError
@@ -47,19 +47,19 @@ class Storage:
 
     def make_room(
         self, request: Settings, open_jobs: Mapping[str, Settings] | None = None, *, job_id: str = "",
-        owner: str = "",
+        owner: str = "", keep: Collection[str] = (),
     ) -> list[str]:  # fmt: skip
         """Delete the oldest ended jobs of `owner` until `request` fits under the limit, then check the disk; returns their ids.
 
         Videos of others stay, unless they have lain there for `MAY_GO_AFTER_S`.
         `open_jobs`, the requests that wait or run by id, stay whatever the journal says, and what they may still write is
-        kept free for them; so does `job_id`, the job that is to be queued (again). Raises `OutputError` when that is not
-        enough, and has deleted nothing then.
+        kept free for them; so do `job_id`, the job that is to be queued (again), and jobs to `keep`. Raises `OutputError` when
+        that is not enough, and has deleted nothing then.
         """
         deleted: list[str] = []
         if self._max_bytes is not None:
             with self._lock:
-                deleted = self._shrink(self._max_bytes, request, job_id, owner, open_jobs or {})
+                deleted = self._shrink(self._max_bytes, request, job_id, owner, open_jobs or {}, keep)
         self.check_free(request, job_id)
         return deleted
 
@@ -67,7 +67,9 @@ class Storage:
         there = folder_bytes(self._outputs / job_id) if job_id else 0
         return max(0, bytes_needed(request) - there)
 
-    def _shrink(self, limit: int, request: Settings, job_id: str, owner: str, open_jobs: Mapping[str, Settings]) -> list[str]:
+    def _shrink(
+        self, limit: int, request: Settings, job_id: str, owner: str, open_jobs: Mapping[str, Settings], keep: Collection[str]
+    ) -> list[str]:
         folders = list(list_jobs(self._outputs))
         sizes = {folder.job_id: self._size(folder) for folder in folders}
 
@@ -85,7 +87,7 @@ class Storage:
         own: list[JobFolder] = []
         old: list[JobFolder] = []
         for folder in reversed(folders) if surplus > 0 else ():
-            if folder.job_id not in (job_id, *open_jobs) and _may_go(folder):
+            if folder.job_id not in (job_id, *open_jobs, *keep) and _may_go(folder):
                 (own if _owner(folder) == owner else old if _is_old(folder) else []).append(folder)
         ended = [*own, *old]
         if surplus > 0:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dualparal import files
 from dualparal.errors import OutputError, RequestError
-from dualparal.files import checksum_of, is_whole_segment, private, replace_durably, written_atomically
+from dualparal.files import BEFORE, checksum_of, is_whole_segment, private, replace_durably, written_atomically
 from dualparal.media.ffmpeg import run_ffmpeg
 from dualparal.media.metadata import describe, ffmetadata
 
@@ -39,7 +39,7 @@ NULL_PACKET = b"\x47\x1f\xff\x10" + b"\xff" * 184  # MPEG-TS stuffing, ignored b
 MIN_PACKETS = 16  # with fewer, ffmpeg cannot tell that a file is MPEG-TS (one frame of 64x64 may take five)
 
 PARTIAL = re.compile(
-    r"\.(video\..*|block_\d+\.ts|(sweep|ghost|latents_\d+)\.safetensors|start\.png|\d+\.png|\d+\.jpg\..*|look\.webp\..*)\.part"
+    r"\.(video\..*|block_\d+\.ts|(sweep|ghost|start|latents(_\d+)?)\.safetensors|start\.png|before\.mp4|\d+\.png|\d+\.jpg\..*|look\.webp\..*)\.part"
 )
 
 
@@ -66,13 +66,15 @@ class VideoWriter:
         fps: int,
         export_images: bool = False,
         segments: Sequence[Segment] = (),
+        num_frames_before: int = 0,
     ) -> None:
+        """`num_frames_before`: of the film in the folder's `files.BEFORE`, with which the joined video begins."""
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise ValueError(f"width={width}, height={height}: H.264 in yuv420p needs even sizes of at least 2")
         if fps < 1:
             raise ValueError(f"fps={fps} must be at least 1")
         self.folder, self.width, self.height, self.fps = folder, width, height, fps
-        self.export_images = export_images
+        self.export_images, self.num_frames_before = export_images, num_frames_before
         self.segments: list[Segment] = []
         for segment in segments:
             if segment.first_frame != self.num_frames or segment.path.resolve() != self._next_path().resolve():
@@ -117,8 +119,8 @@ class VideoWriter:
     def finish(self, settings: str) -> Path | None:
         """Join all segments into `video.mp4` with `settings` in its metadata; None when there is no block.
 
-        The file starts with its index (faststart) and holds exactly the frames of the segments at exactly `fps`. May be
-        called again after more blocks. Raises `OutputError`.
+        The file starts with its index (faststart) and holds exactly the frames before and those of the segments at exactly
+        `fps`. May be called again after more blocks. Raises `OutputError`.
         """
         if not self.segments:
             return None
@@ -179,7 +181,8 @@ class VideoWriter:
     def _listing(self) -> str:
         # The durations keep the rate: without them blocks of different lengths drift.
         entries = (f"file '{segment.path.name}'\nduration {segment.duration_s:.6f}\n" for segment in self.segments)
-        return "ffconcat version 1.0\n" + "".join(entries)
+        before = f"file '{BEFORE}'\nduration {self.num_frames_before / self.fps:.6f}\n" if self.num_frames_before else ""
+        return "ffconcat version 1.0\n" + before + "".join(entries)
 
     def _join(self, listing: str, tags: str, target: str) -> None:
         # MPEG-TS counts in 1/90000 s, which 7 or 11 frames per second do not divide: number the frames anew, and let the mp4
@@ -191,7 +194,7 @@ class VideoWriter:
             [*inputs, *copy, "-video_track_timescale", str(self.fps), "-movflags", "+faststart", "-f", "mp4", f"file:{target}"],
             what="joining the blocks into video.mp4",
             folder=self.folder,
-            timeout_s=300 + self.num_frames / 10,
+            timeout_s=300 + (self.num_frames_before + self.num_frames) / 10,
         )
 
     def _check_joined(self, joined: Path) -> None:
@@ -199,9 +202,9 @@ class VideoWriter:
             num_frames = describe(joined)["num_frames"]
         except RequestError:
             num_frames = 0
-        if num_frames != self.num_frames:
+        if num_frames != (expected := self.num_frames_before + self.num_frames):
             raise OutputError(
-                f"joining the blocks gave {num_frames} frames where {self.num_frames} were written; a segment in "
+                f"joining the blocks gave {num_frames} frames where {expected} were written; a segment in "
                 f"{self.folder} is damaged or the disk is full: free space or remove the damaged segment, then resume"
             )
 

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from dualparal.request import TEMPORAL_FACTOR
 
+# Of a film's end, kept for one that continues it: a decoder that was primed with so many gives its frames as one decode of both
+# films does, but for one step of 255 (`benchmarks.primed_decode`).
+KEPT_LATENTS = 24
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -28,24 +32,25 @@ class BlockPlan:
     is_ghost_shown: bool = False
 
     @classmethod
-    def of(cls, latents_num: int, num_per_block: int, num_cat: int, *, picture: bool = False) -> BlockPlan:
+    def of(cls, latents_num: int, num_per_block: int, num_cat: int, *, picture: bool = False, before: int = 0) -> BlockPlan:
         """Cut `latents_num` frames: a first block of `num_per_block + num_cat`, then blocks of `num_per_block`. With a
-        `picture` the first of them is a ghost, and all blocks are alike."""
+        `picture` the first of them is a ghost, and all blocks are alike; so they are with a ghost of `before` more frames."""
         if latents_num - picture < 1 or num_per_block < 1 or not 0 <= num_cat <= num_per_block:
             raise ValueError(f"no block plan for {latents_num=}, {num_per_block=}, {num_cat=}")
-        first = min(latents_num - picture, num_per_block + (0 if picture else num_cat))
+        first = min(latents_num - picture, num_per_block + (0 if picture or before else num_cat))
         rest = latents_num - picture - first
         tail = (rest % num_per_block,) if rest % num_per_block else ()
         lengths = (first, *(num_per_block,) * (rest // num_per_block), *tail)
-        return cls(lengths, num_cat, ghost=int(picture), is_ghost_shown=picture)
+        return cls(lengths, num_cat, ghost=before or int(picture), is_ghost_shown=picture)
 
     @classmethod
     def of_scenes(
-        cls, scenes: Sequence[Sequence[int]], num_per_block: int, num_cat: int, *, picture: bool = False
+        cls, scenes: Sequence[Sequence[int]], num_per_block: int, num_cat: int, *, picture: bool = False, before: int = 0
     ) -> BlockPlan:
         """Cut a film whose scenes have shots of these lengths: a scene begins with a block of at most `num_per_block + num_cat`
         of its first shot; every other piece becomes as few blocks as can be, as even as can be, the longer ones first. With a
-        `picture` the film's first latent is a ghost, and its first block is no longer than others."""
+        `picture` the film's first latent is a ghost, and its first block is no longer than others; so it is with a ghost of
+        `before` more frames."""
         if picture and scenes[0][0] < 2:
             raise ValueError(f"no block plan for {scenes=} that begin with a picture")
         if num_per_block < 1 or not 0 <= num_cat <= num_per_block or any(length < 1 for shots in scenes for length in shots):
@@ -54,13 +59,13 @@ class BlockPlan:
         cuts: list[int] = []
         for number, shots in enumerate(scenes):
             cuts.append(len(lengths))
-            has_ghost = picture and not number
-            first = 1 if has_ghost else min(shots[0], num_per_block + num_cat)
+            has_ghost = (picture or before > 0) and not number
+            first = int(picture) if has_ghost else min(shots[0], num_per_block + num_cat)
             lengths += [] if has_ghost else [first]
             for piece in (shots[0] - first, *shots[1:]):
                 count = -(-piece // num_per_block)
                 lengths += [piece // count + (number < piece % count) for number in range(count)]
-        return cls(tuple(lengths), num_cat, tuple(cuts[1:]), int(picture), picture)
+        return cls(tuple(lengths), num_cat, tuple(cuts[1:]), before or int(picture), picture)
 
     @property
     def num_blocks(self) -> int:

@@ -27,11 +27,14 @@ from dualparal.request import (
 
 
 def plan_of(request: Settings) -> BlockPlan:
-    """The block plan of a video. A film of one shot is cut as one without."""
-    shots, picture = request.shots or (), request.start_image is not None
+    """The block plan of a video. A film of one shot is cut as one without. As long as nobody has looked at the film that is
+    continued, it is taken to be long enough."""
+    shots, sizes = request.shots or (), (request.num_per_block, request.num_cat)
+    before = 0 if request.continue_from is None else request.ghost or request.num_cat
+    picture = request.start_image is not None
     if len(shots) <= 1:
-        return BlockPlan.of(request.latents_num, request.num_per_block, request.num_cat, picture=picture)
-    return BlockPlan.of_scenes(scenes_of(shots), request.num_per_block, request.num_cat, picture=picture)
+        return BlockPlan.of(request.latents_num, *sizes, picture=picture, before=before)
+    return BlockPlan.of_scenes(scenes_of(shots), *sizes, picture=picture, before=before)
 
 
 Numbers = dict[str, int | bool]

@@ -21,26 +21,27 @@ BLEND_BLOCKS = 3  # of a shot, over which its text comes
 # Where shots begin
 
 
-def border_at(seconds: float, fps: int) -> int:
-    """The latent frame that a scene's border after `seconds` lies at."""
-    return 1 + round((seconds * fps - 1) / TEMPORAL_FACTOR)
+def border_at(seconds: float, fps: int, *, is_continued: bool = False) -> int:
+    """The latent frame that a scene's border after `seconds` lies at; `is_continued`: the scene began in a film before."""
+    return round(seconds * fps / TEMPORAL_FACTOR) if is_continued else 1 + round((seconds * fps - 1) / TEMPORAL_FACTOR)
 
 
-def settle_shots(shots: Sequence[Shot], fps: int) -> tuple[Shot, ...]:
-    """`shots` with their lengths in latents. Raises `RequestError` for a shot too short for one, and for too long a film."""
+def settle_shots(shots: Sequence[Shot], fps: int, *, is_continued: bool = False) -> tuple[Shot, ...]:
+    """`shots` with their lengths in latents; the first may continue another film. Raises `RequestError` for a shot too short
+    for one, and for too long a film."""
     found: list[Shot] = []
     total = border = 0  # latents of the film, and of the scene, so far
     at_s = 0.0  # of the scene
     for number, shot in enumerate(shots, 1):
-        if shot.transition == "cut":
-            border, at_s = 0, 0.0
+        if shot.transition == "cut" and number > 1:
+            border, at_s, is_continued = 0, 0.0, False
         if shot.latents_num is not None:
             length = shot.latents_num
-            at_s = _end_s(border + length, fps)
+            at_s = _end_s(border + length, fps, is_continued)
         else:
             assert shot.seconds is not None
             at_s += shot.seconds
-            length = border_at(at_s, fps) - border
+            length = border_at(at_s, fps, is_continued=is_continued) - border
         if length < 1:
             raise RequestError(
                 f"shots: shot {number} is too short: {shot.seconds:g} s are less than one latent frame "
@@ -57,22 +58,24 @@ def settle_shots(shots: Sequence[Shot], fps: int) -> tuple[Shot, ...]:
     return tuple(found)
 
 
-def _end_s(border: int, fps: int) -> float:
+def _end_s(border: int, fps: int, is_continued: bool) -> float:
     """Seconds that so many latents of a scene last."""
-    return (TEMPORAL_FACTOR * (border - 1) + 1) / fps
+    return (TEMPORAL_FACTOR * border - (0 if is_continued else TEMPORAL_FACTOR - 1)) / fps
 
 
 def written(settings: Settings) -> str:
     """The prompt as people write it, with a line for each shot; its seconds are the roundest that give its latents."""
     shots: list[tuple[float, str, str]] = []
-    border, at_s = 0, 0.0
-    for shot in settings.shots or ():
-        if shot.transition == "cut":
-            border, at_s = 0, 0.0
+    border, at_s, goes_on = 0, 0.0, settings.continue_from is not None
+    for number, shot in enumerate(settings.shots or ()):
+        if shot.transition == "cut" and number:
+            border, at_s, goes_on = 0, 0.0, False
         assert shot.latents_num is not None
         border += shot.latents_num
-        exact = _end_s(border, settings.fps) - at_s
-        seconds = next(s for s in _rounder(exact) if s > 0 and border_at(at_s + s, settings.fps) == border)
+        exact = _end_s(border, settings.fps, goes_on) - at_s
+        seconds = next(
+            s for s in _rounder(exact) if s > 0 and border_at(at_s + s, settings.fps, is_continued=goes_on) == border
+        )
         at_s += seconds
         shots.append((seconds, shot.transition, shot.prompt))
     return join_timeline(settings.prompt, shots) if shots else settings.prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from dualparal.method.borders import most_saved_frames
-from dualparal.method.plan import BlockPlan
+from dualparal.method.plan import KEPT_LATENTS, BlockPlan
 from dualparal.method.rules import plan_of, rules_of
 from dualparal.method.schedule import Rules
 from dualparal.planning.schedules import experts_by_step, schedule_of, shortened
@@ -20,14 +20,16 @@ RESERVE_BYTES = 2**16  # request, journal, and what joining takes besides
 
 
 def bytes_needed(request: Settings) -> int:
-    """What the folder of a completed request may grow to: each frame twice (its segment and the mp4), finished latents, two
-    saved sweeps (the older one goes before a new one is written), looks, timeline. At most four times what is seen there
-    once a sweep is saved."""
+    """What the folder of a completed request may grow to: each frame twice (its segment and the mp4; so those of a film that it
+    is joined to), finished latents, the ends of both films, two saved sweeps (the older one goes before a new one is written),
+    looks, timeline. At most four times what is seen there once a sweep is saved."""
     plan, pixels = plan_of(request), request.height * request.width
-    video = 2 * BYTES_PER_PIXEL * request.num_frames * pixels + BYTES_PER_FRAME * request.num_frames
+    num_frames = request.num_frames + request.num_frames_before
+    video = 2 * BYTES_PER_PIXEL * num_frames * pixels + BYTES_PER_FRAME * num_frames
     looks = LOOK_BYTES_PER_PIXEL * request.latents_num * pixels // 64
     blocks = plan.num_blocks * (BLOCK_BYTES + BYTES_PER_STEP * request.num_inference_steps)
-    latents = request.latents_num * _latent_bytes(request)
+    num_kept = min(request.latents_num + request.ghost, max(KEPT_LATENTS, request.num_cat)) + request.ghost
+    latents = (request.latents_num + num_kept) * _latent_bytes(request)
     return int(video) + looks + blocks + latents + 2 * sweep_bytes(request) + RESERVE_BYTES
 
 

@@ -51,6 +51,7 @@ from dualparal.model.vae import StreamingDecoder, to_uint8
 from dualparal.planning.calibration import cache_folder
 from dualparal.ring.arrays import tensor_of
 from dualparal.ring.codec_looks import MapFitting, finished_look
+from dualparal.ring.film_end import FilmEnd
 from dualparal.ring.worker import Uplink, call_hook, describe_error, quiet_libraries, run_worker, working_at
 
 log = logging.getLogger(__name__)
@@ -212,13 +213,18 @@ class OpenedVideo:
         self._decoder, self._uplink = decoder, uplink
         self._writer = VideoWriter(
             Path(message.job.folder), width=message.width, height=message.height, fps=request.fps,
-            export_images=message.job.export_images,
+            export_images=message.job.export_images, num_frames_before=request.num_frames_before,
         )  # fmt: skip
         self._latents: list[np.ndarray] = []
         self.num_frames = 0
         self._decode_s = self._encode_s = 0.0
         self._plan = plan_of(request)
+        before = None if message.before is None else tensor_of(message.before)
+        self._end = FilmEnd(before, request.num_cat)
         decoder.begin()
+        if before is not None:
+            working_at("decoding the film's beginning")
+            decoder.decode(before)
 
     def turn(self, job: RunJob) -> None:
         """Go on by another timeline, which agrees with the present one in all blocks that were added."""
@@ -233,7 +239,10 @@ class OpenedVideo:
         started_s = time.monotonic()
         if message.block in self._plan.cuts:
             self._decoder.begin()
-        frames = to_uint8(self._decoder.decode(tensor_of(message.latents))).numpy()
+            self._end.begin_scene()
+        latents = tensor_of(message.latents)
+        self._end.add(latents)
+        frames = to_uint8(self._decoder.decode(latents)).numpy()
         decoded_s = time.monotonic()
         working_at(f"writing block {message.block}")
         is_known = self.job.is_resumed and self._writer.adopt_block(frames) is not None
@@ -261,6 +270,8 @@ class OpenedVideo:
     def close(self, message: CloseVideo) -> VideoClosed:
         """Join the segments; the answer ends the job."""
         started_s = time.monotonic()
+        if self.num_frames:
+            self._end.keep(Path(self.job.folder), self.num_frames)
         path = self._writer.finish(self.job.request.to_json())
         self._encode_s += time.monotonic() - started_s
         return VideoClosed(

@@ -171,7 +171,9 @@ class Coordinator:
             self._uplink.send(replace(started, notice=notice))
         self._stage.use_loras(job.loras)
         start = start_latents(job, lambda picture: self._encoding.picture(job, picture, timings, check_stop))
-        self._to_codec.put(OpenVideo(job, *_px(request)))
+        shown = start if plan.is_ghost_shown else None
+        unseen = None if start is None or plan.is_ghost_shown else start.numpy()
+        self._to_codec.put(OpenVideo(job, *_px(request), unseen))
         started_s = time.monotonic()
         samplers = SamplerFactory(
             self._checkpoint.config("scheduler"), num_steps=request.num_inference_steps,
@@ -198,14 +200,14 @@ class Coordinator:
             self._stage, self._links, schedule, samplers, noise,
             is_stopped=lambda: self._is_stopped(job.job_id),
             on_step=progress.step,
-            on_block=lambda block, latents: self._decode(job, block, latents, start),
+            on_block=lambda block, latents: self._decode(job, block, latents, shown),
             spans=SpanLog("stage 0", lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
             saver=saver, looks=looks, trips=TextTrips(spec.shape, schedule, spec.conditions),
             say=lambda text: self._stage.embed_text(texts[text]), turns=lambda item: steering.is_due(item, schedule),
-            ghost=None if start is None else Ghost(start, request.seed, samplers.sigmas),
+            ghost=None if start is None else Ghost(start[:, :, -plan.num_left(0) :], request.seed, samplers.sigmas),
         )  # fmt: skip
         for block, latents in enumerate(before):
-            self._decode(job, block, latents, start)
+            self._decode(job, block, latents, shown)
         if state is not None:
             denoiser.restore(state)
         try:
@@ -240,11 +242,11 @@ class Coordinator:
         timings["look_s"] = looks.seconds
         self._to_codec.put(CloseVideo(job.job_id, not finished, timings))
 
-    def _decode(self, job: RunJob, block: int, latents: torch.Tensor, start: torch.Tensor | None) -> None:
-        """Hand a finished block to the codec, and the film's first latent with the first."""
+    def _decode(self, job: RunJob, block: int, latents: torch.Tensor, shown: torch.Tensor | None) -> None:
+        """Hand a finished block to the codec, and with the first what is `shown` before it."""
         latents = latents.cpu()
-        if block == 0 and start is not None:
-            latents = torch.cat([start, latents], dim=2)
+        if block == 0 and shown is not None:
+            latents = torch.cat([shown, latents], dim=2)
         self._to_codec.put(DecodeBlock(job.job_id, block, latents.numpy()))
 
     def _latent_size(self, request: Settings) -> tuple[int, int]:

@@ -1,6 +1,8 @@
-"""The picture that a film begins with, on rank 0: read from the job's folder, encoded once, and kept there as its latent frame.
+"""What a film begins with, on rank 0, as latents from the job's folder: the end of the film that it continues, or a picture,
+which is encoded once and kept.
 
-Rank 0 alone knows of it: block 0 sees it as a `Ghost`, and its latent frame is decoded before that block's.
+Rank 0 alone knows of it: block 0 sees it as a `Ghost`. A picture's latent frame is decoded before that block's and shown; a
+film's end is decoded too, but not shown (METHOD.md, "Continuing").
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from dualparal.errors import OutputError
-from dualparal.files import START_IMAGE, STATE_FOLDER, checksum_of
+from dualparal.files import END_LATENTS, START_IMAGE, START_LATENTS, STATE_FOLDER, checksum_of
 from dualparal.messages import RunJob
 from dualparal.ring.tensor_files import read_tensors, write_tensors
 
@@ -25,8 +27,14 @@ KEPT = "ghost.safetensors"
 
 
 def start_latents(job: RunJob, encode: Callable[[np.ndarray], torch.Tensor]) -> torch.Tensor | None:
-    """The latent frame [1, C, 1, h, w] float32 of the job's picture; None where it has none. `encode` makes it of the picture,
-    uint8 [H, W, 3]. Raises `OutputError` when the picture is gone or is another."""
+    """Latents [1, C, F, h, w] float32 of what the job's film begins with; None where that is nothing. `encode` makes the one of
+    a picture, uint8 [H, W, 3]. Raises `OutputError` when it is gone or is another."""
+    if (film := job.request.continue_from) is not None:
+        file = Path(job.folder) / START_LATENTS
+        try:
+            return read_tensors(file, written_as=Path(END_LATENTS).name, written_for=film)[0]["latents"]
+        except (OutputError, KeyError) as error:
+            raise OutputError(f"the end of the film to be continued is lost: {error}; submit the job again") from None
     if job.request.start_image is None:
         return None
     kept = Path(job.folder) / STATE_FOLDER / KEPT

@@ -33,9 +33,11 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
         partial.unlink(missing_ok=True)
 
 
-def read_tensors(file: Path, written_as: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata) as `write_tensors` was given them. `written_as`: its name then, where it has been renamed. Raises
-    `OutputError` when the file is missing or damaged."""
+def read_tensors(
+    file: Path, written_as: str | None = None, written_for: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata) as `write_tensors` was given them. `written_as`: its name then, where it has been renamed;
+    `written_for`: its job, where it was another's. Raises `OutputError` when the file is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
@@ -44,14 +46,16 @@ def read_tensors(file: Path, written_as: str | None = None) -> tuple[dict[str, t
         raise OutputError(f"{file} is missing") from None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # torch's own where it cannot map the file
         raise OutputError(f"{file} cannot be read ({error})") from None
-    if metadata.pop(CHECKSUM, None) != _checksum(file, written_as or file.name, tensors, metadata):
+    if metadata.pop(CHECKSUM, None) != _checksum(file, written_as or file.name, tensors, metadata, written_for):
         raise OutputError(f"{file} is damaged: its checksum does not fit")
     return tensors, metadata
 
 
-def _checksum(file: Path, written_as: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Of a file in the folder of a job's state; the folder above is the job's."""
-    about = json.dumps([file.parent.parent.name, written_as, sorted(metadata.items())])
+def _checksum(
+    file: Path, written_as: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], job_id: str | None = None
+) -> str:
+    """Of a file in a folder within a job's; that one is named after the job."""
+    about = json.dumps([job_id or file.parent.parent.name, written_as, sorted(metadata.items())])
     digest = hashlib.blake2b(about.encode(), digest_size=16)
     for name, x in sorted(tensors.items()):
         digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())

@@ -24,15 +24,19 @@ HERE = Path(__file__).parent
 NAMES = (
     "prompt", "negative_prompt", "preset", "seconds", "seed", "pace", "num_inference_steps", "guidance_scale",
     "guidance_scale_2", "guidance_start", "guidance_stop", "flow_shift", "boundary_ratio", "solver", "num_per_block", "num_cat",
-    "context", "width", "height", "start_image", "loras", "stored",
+    "context", "width", "height", "start_image", "loras", "continue_from", "join", "stored",
 )  # fmt: skip
 LENGTH_INFO = "More seconds take more time, hardly more memory."
 CHOICES = {"context": (AUTO, *CONTEXTS), "solver": SOLVERS}
 TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
 EMPTY = {"prompt": "", "negative_prompt": None}  # what an empty box asks for
+BEGINS = ("start_image", "continue_from", "join")  # what the film begins with
 NO_NEGATIVE = "what it should not show"
 PICTURE = "Anchor: a picture to begin with (PNG, JPEG, WebP)"
 LORAS = "Behind a name :0.8 is its strength, before it high: or low: one of two experts."
+CONTINUES = "Goes on from video"
+CONTINUES_INFO = "Empty it to begin a new film."
+JOIN = "Join: the video holds both"
 PICTURE_AGAIN = "It began with a picture: give it again"
 
 
@@ -84,6 +88,10 @@ def build(studio: Studio) -> Form:
         parts["seed"] = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, min_width=80, elem_id="seed")
         dice = gr.Button("⚄", elem_id="dice", min_width=44, scale=0)
     parts["start_image"] = gr.File(label=PICTURE, file_types=list(PICTURES), type="filepath", elem_id="start-image", height=72)
+    parts["continue_from"] = gr.Textbox(
+        label=CONTINUES, info=CONTINUES_INFO, max_lines=1, visible=False, elem_id="continue-from"
+    )
+    parts["join"] = gr.Checkbox(True, label=JOIN, visible=False, elem_id="join")
     with gr.Column(elem_id="advanced"):
         # Not an Accordion. Gradio makes what is in a closed one when it is opened, and a moment later sets it to the values it
         # had: what was typed in between is gone (seen after 40 ms, on a busy machine 200). Here style.css hides the parts.
@@ -180,6 +188,7 @@ def read(studio: Studio, values: Sequence[Any]) -> Settings:
     """
     found = dict(zip(NAMES, values, strict=True))
     stored, preset = found.pop("stored"), studio.preset(found.pop("preset"))
+    film, is_joined = (found.pop("continue_from") or "").strip(), found.pop("join")
     asked: dict[str, Any] = {"fps": preset.fps} if stored is None else asked_again(stored.model_dump(exclude_none=True))
     before = {"pace": pace.of_preset(preset)} if stored is None else _shown(studio, stored, preset)
     changed = {name: value for name, value in found.items() if name not in before or value != before[name]}
@@ -204,6 +213,8 @@ def read(studio: Studio, values: Sequence[Any]) -> Settings:
     if "seed" in changed:
         changed["seed"] = _seed(changed["seed"])
     changed |= {name: changed[name] or default for name, default in EMPTY.items() if name in changed}
+    if film:
+        changed |= {"continue_from": film, "join": bool(is_joined)}
     settings = studio.resolve(GenerationRequest(**asked | changed), preset.name)
     return pace.spread(settings, int(place)) if has_moved else settings
 
@@ -230,7 +241,7 @@ def _seed(text: object) -> int | None:
 def _shown(studio: Studio, settings: Settings, preset: Preset) -> dict[str, Any]:
     """What the form shows of `settings`, by name."""
     at = ranges(preset)
-    shown = settings.model_dump(include=set(NAMES) - {"start_image"}) | {"prompt": written(settings)}
+    shown = settings.model_dump(include=set(NAMES) - set(BEGINS)) | {"prompt": written(settings)}
     shown["pace"] = pace.of_settings(settings, studio.engine.ranks)
     # The slider's steps are whole latents from 0 on; a single picture lies between the first two.
     frames = settings.num_frames
@@ -242,14 +253,17 @@ def _shown(studio: Studio, settings: Settings, preset: Preset) -> dict[str, Any]
 
 
 def fill(
-    studio: Studio, request: GenerationRequest, preset_name: object = None, *, began_with_picture: bool = False
-) -> list[Any]:
-    """Updates that make the form show a stored request; a picture has to be given again. Raises `RequestError` for what cannot
-    be made here."""
+    studio: Studio, request: GenerationRequest, preset_name: object = None, *, began_with_picture: bool = False,
+    continue_from: str = "",
+) -> list[Any]:  # fmt: skip
+    """Updates that make the form show a stored request; a picture has to be given again. `continue_from`: the job that is to go
+    on, with a seed to be drawn. Raises `RequestError` for what cannot be made here."""
     preset = studio.preset(preset_name)
     settings = studio.resolve(request, preset.name)
     at, shown = ranges(preset), {**_shown(studio, settings, preset), "preset": preset.name, "stored": settings}
-    shown["start_image"] = None
+    shown |= {"start_image": None, "continue_from": continue_from, "join": True}
+    if continue_from:
+        shown["seed"] = ""
     updates = []
     for name in NAMES:
         value, changes = shown[name], {}
@@ -257,6 +271,8 @@ def fill(
             changes = {"minimum": min(at[name]["minimum"], value), "maximum": max(at[name]["maximum"], value)}
         elif name == "start_image":
             changes = {"label": PICTURE_AGAIN if began_with_picture else PICTURE}
+        elif name in BEGINS:
+            changes = {"visible": bool(continue_from)}
         elif name == "negative_prompt":
             changes = {"placeholder": preset.negative_prompt[:80] if settings.negative_prompt else NO_NEGATIVE}
         updates.append(gr.update(value=value, **changes))

@@ -10,7 +10,7 @@ from dualparal.files import is_file
 from dualparal.jobs.folder import JobFolder
 from dualparal.jobs.notes import read_notes
 from dualparal.media.writer import thumbnail
-from dualparal.ui.panels import file_url
+from dualparal.ui.panels import continue_button, file_url
 from dualparal.ui.snapshot import Snapshot
 from dualparal.ui.studio import Studio
 from dualparal.ui.words import ago, duration, safe, short
@@ -134,7 +134,7 @@ def _card(found: Snapshot, root: str) -> str:
         f'aria-label="Show: {safe(notes.name) or prompt}"{moving}>{_poster(found, root)}</button>{star}'
         f'<p class="name">{name}{edit}</p><p class="prompt" title="{safe(request.all_text)}">{prompt}</p>'
         f'<p class="facts">{" · ".join(facts)}</p><p class="facts">{ago(found.created_s)}</p>'
-        f'<div class="actions">{_button("reuse", job_id, "Use settings")}{_delete(job_id)}</div></li>'
+        f'<div class="actions">{_button("reuse", job_id, "Use settings")}{continue_button(found)}{_delete(job_id)}</div></li>'
     )
 
 

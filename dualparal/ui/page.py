@@ -154,6 +154,8 @@ class Page:
         self.shelf.wire(
             browser, self.job_id, [self.video, self.board, self.result, self.idle], self._reuse, inputs, self._then_follow
         )
+        for shown in (self.shelf.html, self.result):
+            shown.extend(self._continue, [browser], inputs, **QUIET)
         page.unload(self._close)
 
     def _then_follow(self, event: Any, is_new: bool = True) -> None:
@@ -276,6 +278,13 @@ class Page:
         try:
             found = self.studio.find(event.id, self._owner(token, request))
             return form.fill(self.studio, found.request.as_request(), began_with_picture=found.request.start_image is not None)
+        except DualParalError as error:
+            raise one_sentence(error) from None
+
+    def _continue(self, token: str, event: gr.EventData, request: gr.Request) -> list[Any]:
+        try:
+            found = self.studio.find(event.id, self._owner(token, request))
+            return form.fill(self.studio, found.request.as_request(), continue_from=found.job_id)
         except DualParalError as error:
             raise one_sentence(error) from None
 

@@ -152,6 +152,7 @@ def result(found: Snapshot, root: str, can_resume: bool = False, can_compare: bo
             more += f'<button type="button" {about}>{label}</button>'
         more = f'<details class="more"><summary>Other files</summary><div>{more}</div></details>'
     go_on = f'<button type="button" data-do="resume" data-id="{safe(found.job_id)}">Resume</button>' if can_resume else ""
+    go_on += continue_button(found)
     if can_compare:
         hint = "the same request through diffusers’ WanPipeline in one pass, when nothing else runs"
         button = f'<button type="button" data-do="compare" data-id="{safe(found.job_id)}" title="{hint}">'
@@ -173,6 +174,14 @@ def result(found: Snapshot, root: str, can_resume: bool = False, can_compare: bo
         f'<section class="result"><div class="result-top"><dl>{rows}</dl><span>{go_on}{download}</span></div>{more}{bar}{plot}'
         f'<details class="settings">{stored}</details></section>'
     )
+
+
+def continue_button(found: Snapshot) -> str:
+    """A film goes on where another ended; '' where nothing was kept for that."""
+    if not found.can_go_on:
+        return ""
+    hint = "fill in its settings, to make what comes next"
+    return f'<button type="button" data-do="extend" data-id="{safe(found.job_id)}" title="{hint}">Continue</button>'
 
 
 def name_of(found: Snapshot) -> str:

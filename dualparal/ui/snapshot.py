@@ -48,6 +48,11 @@ class Snapshot(Standing):
         return self.folder.video if self.is_ended and is_file(self.folder.video) else None
 
     @property
+    def can_go_on(self) -> bool:
+        """Whether another film can continue this one."""
+        return self.video is not None and is_file(self.folder.end)
+
+    @property
     def num_frames(self) -> int:
         """Frames finished so far."""
         return self.history.num_frames

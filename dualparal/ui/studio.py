@@ -109,6 +109,8 @@ class Studio:
     ) -> Snapshot:
         """Queue a job; the engine refuses with the number what cannot fit, and what is too much for the visitor's `address`
         is refused here."""
+        if request.continue_from is not None:
+            self.find(request.continue_from, owner)
         settings = self.resolve(request, preset_name)
         self.check_loras(settings)
         return self._queued(settings, address, lambda: self.engine.submit(settings, owner=owner))
@@ -192,7 +194,8 @@ class Studio:
 
     def can_compare(self, found: Snapshot) -> bool:
         """Whether plain Wan can be asked for the same video."""
-        is_plain = not found.request.shots and found.request.start_image is None and not found.request.loras
+        request = found.request
+        is_plain = not request.shots and request.start_image is None and request.continue_from is None and not request.loras
         return found.state == "finished" and self.engine.can_compare and not found.is_baseline and is_plain
 
     def compare(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:

@@ -42,10 +42,12 @@ def shots_row(settings: Settings) -> str:
     if not settings.shots:
         return ""
     cells, first, number = [], 0, 0
+    goes_on = settings.continue_from is not None
     for scene in scenes_of(settings.shots):
         for place, latents in enumerate(scene):
             shot, number = settings.shots[number], number + 1
-            num_frames = TEMPORAL_FACTOR * latents - (TEMPORAL_FACTOR - 1) * (place == 0)
+            begins_scene = place == 0 and not (goes_on and number == 1)
+            num_frames = TEMPORAL_FACTOR * latents - (TEMPORAL_FACTOR - 1) * begins_scene
             how = "the film begins" if number == 1 else BEGINS[shot.transition]
             from_s, to_s = first / settings.fps, (first + num_frames) / settings.fps
             text = short(shot.prompt, 120) or "what the whole film shows"
