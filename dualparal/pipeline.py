@@ -119,7 +119,8 @@ class DualParalPipeline:
             raise RequestError(f"max_sequence_length={shown(max_sequence_length)}: texts are cut at 512 tokens here", "prompt")
         given = {
             "height": height, "width": width, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
-            "guidance_scale_2": guidance_scale_2, "num_frames": _whole(num_frames),
+            "guidance_scale_2": guidance_scale_2,
+            "num_frames": num_frames if fields.get("continue_from") else _whole(num_frames),
         }  # fmt: skip
         fields |= {name: value for name, value in given.items() if value is not None}
         if prompt is None and prompt_embeds is not None:

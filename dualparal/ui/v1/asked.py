@@ -124,6 +124,8 @@ def _asked(values: dict[str, Any]) -> Asked:
     for name in FILES:
         if name in values:
             raise Refusal(400, f"{name} is called {PICTURE} here", "invalid_value", param=name)
+    if values.get("takes") not in (None, 1, "1"):
+        raise Refusal(400, "takes are several videos; ask for each with a seed of its own", "invalid_value", param="takes")
     size, picture = values.pop("size", None), values.pop(PICTURE, None)
     preset, model = values.pop("preset", None), values.pop("model", None)
     if size is not None:

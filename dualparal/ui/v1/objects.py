@@ -78,5 +78,5 @@ def error_of(found: Snapshot) -> dict[str, str] | None:
     if found.state == "cancelled":
         return {"code": "cancelled", "message": f"it was stopped after {found.num_frames} frames, which are its content"}
     if found.state == "interrupted":
-        return {"code": "interrupted", "message": "it was cut off, and can be resumed by the operator"}
+        return {"code": "interrupted", "message": "it was cut off, and can be resumed"}
     return None

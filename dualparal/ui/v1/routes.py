@@ -82,6 +82,7 @@ class Videos:
             Door(method="GET", path="/videos/{video_id}", call=self.retrieve, gives="Video"),
             Door(method="DELETE", path="/videos/{video_id}", call=self.delete, gives="Deleted"),
             Door(method="POST", path="/videos/{video_id}/cancel", call=self.cancel, gives="Video"),
+            Door(method="POST", path="/videos/{video_id}/resume", call=self.resume, gives="Video"),
             Door(method="GET", path="/videos/{video_id}/content", call=self.content, gives="video", query={
                 "variant": "video, thumbnail (JPEG) or look (the rough film so far, animated WebP)",
                 "format": "mp4 or ts; left out: the mp4 if there is one, else the finished blocks as MPEG-TS", **link,
@@ -125,6 +126,12 @@ class Videos:
         found = await self._mine(request)
         await self._in_thread(self._studio.cancel, found.job_id, self._access.owner(request))
         return JSONResponse(await self._in_thread(lambda: self._objects.video(self._find(found.job_id, request))))
+
+    async def resume(self, request: Request) -> Response:
+        """Go on with a video that was stopped, failed or was cut off, from its last saved sweep and to the same bits."""
+        found, owner = await self._mine(request), self._access.owner(request)
+        made = await self._in_thread(self._studio.resume, found.job_id, owner, address_of(request))
+        return JSONResponse(await self._in_thread(self._objects.video, made), headers=POLL_HEADERS)
 
     async def delete(self, request: Request) -> Response:
         """Remove a video with all its files; one that is queued or runs is stopped first. If that takes longer than half a

@@ -190,6 +190,11 @@ def test_delete_stops_what_runs_and_cancel_keeps_it(slow: Server) -> None:
         found = until(client, kept, lambda found: found["status"] == "failed")
         assert found["error"]["code"] == "cancelled" and found["num_frames_ready"] > 0
         assert client.get(f"/videos/{kept}/content").headers["content-type"] == "video/mp4"
+        slow.groups.let_go.set()
+        assert client.post(f"/videos/{kept}/resume").json()["status"] in ("queued", "in_progress")
+        assert until(client, kept, lambda found: found["status"] == "completed")["num_frames_ready"] == 97
+        assert error_of(client.post(f"/videos/{kept}/resume"))["code"] == "invalid_value"
+        slow.groups.let_go.clear()
         gone = started(slow)
         assert client.delete(f"/videos/{gone}").json()["deleted"]
         assert not (slow.studio.outputs / gone).exists() and (slow.studio.outputs / kept).exists()
