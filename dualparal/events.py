@@ -148,10 +148,12 @@ class Failed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Cancelled(Event):
-    """Stopped on request. `path` is the mp4 of the `num_frames` finished frames, or None when no block was finished."""
+    """Stopped on request. `path` is the mp4 of the `num_frames` finished frames, or None when no block was finished.
+    `is_resting`: a take that has come to its first look; it goes on when it is resumed."""
 
     path: str | None = None
     num_frames: int = 0
+    is_resting: bool = False
 
 
 FINAL = (Finished, Failed, Cancelled)

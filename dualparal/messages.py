@@ -53,6 +53,17 @@ class WorkerOptions:
         return len(self.layers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Take:
+    """One request with several seeds: the `number`-th (from 0) of `num_takes`; `group` is the first one's job id. It rests when
+    its first block has done `rest_at` steps."""
+
+    group: str
+    number: int
+    num_takes: int
+    rest_at: int
+
+
 @dataclass(frozen=True)
 class RunJob:
     """Front end to rank 0: make this video. `request` is resolved; arrays are float32 numpy."""
@@ -67,6 +78,8 @@ class RunJob:
     negative_prompt_embeds: np.ndarray | None = None
     is_resumed: bool = False  # go on from the state in `folder`
     is_baseline: bool = False  # for a worker of plain Wan
+    take: Take | None = None
+    rest_at: int = 0  # rest, saved, once the first block has done so many steps; 0: go on to the end
     loras: tuple[Lora, ...] = ()  # the files of `request.loras`
 
 

@@ -121,7 +121,7 @@ def complete(
     `boundary_ratio`, `flow_shift` are the checkpoint's, `model` its name (default: the preset's). Raises `RequestError` when a
     value is outside the preset's limits or the values do not fit each other.
     """
-    own = request.model_dump(exclude={"num_frames", "seconds"}, exclude_none=True)
+    own = request.model_dump(exclude={"num_frames", "seconds", "takes"}, exclude_none=True)
     checkpoint = {"boundary_ratio": boundary_ratio, "flow_shift": flow_shift or FLOW_SHIFT}
     values = checkpoint | preset.model_dump(include=set(Settings.model_fields), exclude_none=True) | own
     values |= {"model": preset.model if model is None else model, **_length(request, preset, values["fps"])}

@@ -24,6 +24,7 @@ from dualparal.prompts import shown as shown
 
 MAX_LATENTS = 100_000
 MAX_SEED = 2**63 - 1
+MAX_TAKES = 4
 MAX_LORAS = 16
 MAX_LORA_CHARS = 1000
 ScheduleName = Literal["paper", "preview"]  # each is an entry of method.rules.POLICIES
@@ -242,6 +243,8 @@ def _open_fields() -> dict[str, Any]:
             words = "length in video frames, 4k + 1, or 4k that go on from another film"
             fields["num_frames"] = (int | None, Field(None, ge=1, le=400_000, description=words))
             fields["seconds"] = (float | None, Field(None, gt=0, le=25_000, description="length in seconds"))
+    about = "make so many, with the seed and those after it: each up to a first look, where it rests until it is resumed"
+    fields["takes"] = (int | None, Field(None, ge=1, le=MAX_TAKES, description=about))
     return fields
 
 

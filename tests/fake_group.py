@@ -167,6 +167,8 @@ class FakeGroup:
                 if place == len(job.items):
                     break
                 item = job.items[place]
+                if run.rest_at and job.first_steps >= run.rest_at and item.block == 0:
+                    is_stopped = True
                 if is_stopped or self._is_gone():
                     break
                 if job.step(item, self.notebook.item_s):

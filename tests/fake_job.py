@@ -54,6 +54,11 @@ class JobUnderWay:
         """Finished blocks."""
         return len(self._writer.segments)
 
+    @property
+    def first_steps(self) -> int:
+        """Steps that the first block has done."""
+        return self._steps[0]
+
     def step(self, item: Item, item_s: float) -> bool:
         """Run `item` for so long; whether its block is denoised."""
         began_s = time.monotonic()

@@ -86,7 +86,8 @@ class JobsAtWork:
 
 def _final_event(job: Job, message: VideoClosed) -> Event:
     if message.is_cancelled:
-        return Cancelled(job_id=job.id, path=message.path, num_frames=message.num_frames)
+        is_resting = job.run.rest_at > 0 and not job.is_stopping
+        return Cancelled(job_id=job.id, path=message.path, num_frames=message.num_frames, is_resting=is_resting)
     timings = {**message.timings, "total_s": job.seconds_since_submit()}
     if job.first_frames_s is not None:
         timings["first_frames_s"] = job.first_frames_s

@@ -22,6 +22,7 @@ from dualparal.engine.given_tensors import checked_noise, checked_text
 from dualparal.engine.replica import STUCK_S, Replica
 from dualparal.engine.resumption import Resumption
 from dualparal.engine.setup import EngineSetup
+from dualparal.engine.takes import check_one, submit_takes
 from dualparal.errors import DualParalError, EngineError, RequestError
 from dualparal.hosts.host import host_rank
 from dualparal.hosts.listener import HostListener
@@ -31,7 +32,7 @@ from dualparal.jobs.folder import JobFolder, check_job_id, new_job_id, outputs_f
 from dualparal.jobs.job import Job
 from dualparal.jobs.queue import JobQueue
 from dualparal.jobs.storage import Storage
-from dualparal.messages import RunJob
+from dualparal.messages import RunJob, Take
 from dualparal.model.lora_shelf import LoraShelf
 from dualparal.options import EngineOptions
 from dualparal.paths import check_can_write
@@ -219,14 +220,17 @@ class Engine:
         return_latents: bool = False,
         export_images: bool = False,
         job_id: str | None = None,
+        take: Take | None = None,
     ) -> Job:
-        """Queue a request and return at once.
+        """Queue a request and return at once; a `take` of it goes to its first look only.
 
         `latents`: initial noise per block, each [1, C, F, h, w]; `prompt_embeds`, `negative_prompt_embeds`: [1, tokens, text
         dim], used as they are. What `start_image` and `continue_from` name is read now.
 
         Raises `RequestError`, `QueueFull`, `OutputError`, or `EngineError` when closed or failed.
         """
+        if take is None:
+            check_one(request)
         settings = self.resolve(request)
         settings, files = with_beginning(settings, self.outputs, self.checkpoint.latent_sizes)
         settings, loras = self._setup.with_loras(settings)
@@ -247,12 +251,29 @@ class Engine:
             self._check_open()
             folder = create_job(
                 self.outputs, job_id, settings, preset=self.preset.name, owner=owner, layers=self.layers,
-                export_images=export_images, has_tensors=has_tensors, begins_with=files, **self._setup.made_with(loras),
+                export_images=export_images, has_tensors=has_tensors, begins_with=files,
+                **({"take": dataclasses.asdict(take)} if take else {}), **self._setup.made_with(loras),
             )  # fmt: skip
             run = RunJob(
-                folder.job_id, settings, str(folder.path), return_latents, export_images, noise, cond, uncond, loras=loras
+                folder.job_id,
+                settings,
+                str(folder.path),
+                return_latents,
+                export_images,
+                noise,
+                cond,
+                uncond,
+                loras=loras,
+                take=take,
+                rest_at=take.rest_at if take else 0,
             )
             return self._add_new(run, folder, owner)
+
+    def submit_takes(self, request: GenerationRequest | Settings, takes: int, *, owner: str = "") -> list[Job]:
+        """Queue `request` with so many seeds, its own and those after it: each runs to a first look and rests (it ends as
+        `Cancelled` with `is_resting`); `resume` goes on with one, to the bits it would have had. All or none are taken. Raises
+        as `submit`."""
+        return submit_takes(self, request, takes, owner)
 
     @property
     def shelf(self) -> LoraShelf:

@@ -13,6 +13,8 @@ from dualparal.errors import DualParalError, RequestError
 from dualparal.jobs.folder import JobFolder, find_job
 from dualparal.jobs.job import Job
 from dualparal.jobs.recovery import check_can_go_on, cut_off, warn_of_other_bits
+from dualparal.jobs.takes import from_record as take_from_record
+from dualparal.jobs.takes import has_rested
 from dualparal.messages import RunJob
 from dualparal.model.lora_shelf import from_record
 
@@ -38,7 +40,9 @@ class Resumption:
         found = []
         for folder in cut_off(self._outputs):
             try:
-                found.append(self._go_on(folder))
+                take = take_from_record(folder.record())
+                rest_at = take.rest_at if take is not None and not has_rested(folder.events()) else 0
+                found.append(self._go_on(folder, rest_at=rest_at))
             except DualParalError as error:
                 log.warning("job %s is left as it is: %s", folder.job_id, error, extra={"job_id": folder.job_id})
         return found
@@ -51,7 +55,7 @@ class Resumption:
         loras = from_record(folder.record().get("with_loras"))
         check_can_go_on(folder, self._setup.made_with(loras), anyway=anyway)
 
-    def _go_on(self, folder: JobFolder, return_latents: bool = False, anyway: bool = False) -> Job:
+    def _go_on(self, folder: JobFolder, return_latents: bool = False, anyway: bool = False, *, rest_at: int = 0) -> Job:
         with self._lock:
             self._check(folder, anyway)
             record = folder.record()
@@ -60,6 +64,6 @@ class Resumption:
             folder.forget_stop()
             run = RunJob(
                 folder.job_id, folder.request(), str(folder.path), return_latents, bool(record.get("export_images")),
-                is_resumed=True, loras=loras,
+                is_resumed=True, loras=loras, take=take_from_record(record), rest_at=rest_at,
             )  # fmt: skip
             return self._admission.queue(run, folder, str(record.get("owner", "")))

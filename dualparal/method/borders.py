@@ -45,6 +45,14 @@ def borders(schedule: Schedule) -> Iterator[Border]:
             yield Border(num_done, after.index, last)
 
 
+def rest_border(schedule: Schedule, num_steps: int) -> Border | None:
+    """Where a take rests: the first border after which the first block has done `num_steps` steps or more. None where there is
+    none, or `num_steps` is 0."""
+    if num_steps <= 0:
+        return None
+    return next((border for border in borders(schedule) if border.last.sweep + 1 >= num_steps), None)
+
+
 class Ends(Generic[T]):
     """The ends of blocks that later items of a schedule will see, by (block, steps it had done); what an end is, is the
     caller's affair, and so is a ghost."""

@@ -37,6 +37,7 @@ from dualparal.messages import (
     TurnVideo,
     WorkerOptions,
 )
+from dualparal.method.borders import rest_border
 from dualparal.method.noise import Ghost, coordinated_noise
 from dualparal.method.plan import BlockPlan
 from dualparal.method.rules import plan_of, rules_of
@@ -205,6 +206,7 @@ class Coordinator:
             saver=saver, looks=looks, trips=TextTrips(spec.shape, schedule, spec.conditions),
             say=lambda text: self._stage.embed_text(texts[text]), turns=lambda item: steering.is_due(item, schedule),
             ghost=None if start is None else Ghost(start[:, :, -plan.num_left(0) :], request.seed, samplers.sigmas),
+            rest=rest_border(schedule, job.rest_at),
         )  # fmt: skip
         for block, latents in enumerate(before):
             self._decode(job, block, latents, shown)

@@ -52,11 +52,13 @@ class Denoiser:
         say: Callable[[int], torch.Tensor] | None = None,
         turns: Callable[[Item], bool] = lambda item: False,
         ghost: Ghost | None = None,
+        rest: Border | None = None,
     ) -> None:
         """`noise` yields each block's initial latents in order. `on_step` is told of every block step done, `on_block` gets
         each finished block's latents [1, C, F, h, w] float32, `saver` finished blocks and sweep borders. `trips` are those of
         texts that are not announced, and `say` gives one as it travels. `turns` is asked before every block step whether from
-        there on another schedule is followed. `ghost` is what the plan has before block 0."""
+        there on another schedule is followed. `ghost` is what the plan has before block 0. At `rest` the state is saved, and
+        `run` ends as if stopped."""
         self.is_turning = False  # `run` has returned for that
         self._turns = turns
         self._looks, self._ghost = looks, ghost
@@ -71,6 +73,7 @@ class Denoiser:
         self._under_way: deque[Item] = deque()
         self._to_skip: dict[int, deque[Item]] = defaultdict(deque)  # skipped steps by block, until the block is there
         self._saver, self._trips, self._say = saver, trips, say
+        self._rest = rest
         self._to_save: Border | None = None  # under way
         self._error: NotFinite | None = None
         self.next_index = 0  # the item that `run` begins with
@@ -118,7 +121,8 @@ class Denoiser:
     def _walk(self) -> bool:
         most = 2 * self._links.ranks
         for item in self._schedule.items[self.next_index :]:
-            if self._is_stopped() or self._error is not None:
+            is_resting = self._rest is not None and item.index == self._rest.next_index
+            if is_resting or self._is_stopped() or self._error is not None:
                 self._send_end(item, STOP)
                 self._drain()
                 return False
@@ -160,7 +164,9 @@ class Denoiser:
     def _begin_save(self, item: Item) -> None:
         """Choose `item`'s border to be saved, once its prediction has been applied."""
         border = self._border_after.get(item.index)
-        if self._saver is not None and border is not None and self._to_save is None and self._saver.wants_sweep():
+        if self._saver is not None and self._rest is not None and border == self._rest:
+            self._to_save = border  # whatever was to be saved before it
+        elif self._saver is not None and border is not None and self._to_save is None and self._saver.wants_sweep():
             self._to_save = border
 
     def _enter(self, block: int) -> None:

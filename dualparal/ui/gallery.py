@@ -118,7 +118,11 @@ def _card(found: Snapshot, root: str) -> str:
         facts.insert(0, '<em class="plain">plain Wan</em>')
     if found.made_in_s:
         facts.append(f"made in {duration(found.made_in_s)}")
-    if found.state in STATE_WORDS:
+    if found.take is not None:
+        facts.insert(0, f"take {found.take.number + 1} of {found.take.num_takes}")
+    if found.is_resting:
+        facts.append("<em>rests</em>")
+    elif found.state in STATE_WORDS:
         facts.append(f'<em class="{found.state}">{STATE_WORDS[found.state]}</em>')
     star = _button(
         "star",

@@ -217,7 +217,7 @@ class Page:
 
     def _stop(self, token: str, job_id: str, request: gr.Request) -> Any:
         try:
-            self.studio.cancel(job_id, self._owner(token, request))
+            self.studio.stop(job_id, self._owner(token, request))
         except DualParalError as error:
             raise one_sentence(error) from None
         return gr.update(value="Stopping…", interactive=False)

@@ -97,6 +97,8 @@ def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
     if found.state == "finished":
         made = found.made_in_s
         return "Done", length(found.num_frames, found.request.fps) + (f", made in {duration(made)}" if made else "")
+    if found.is_resting:
+        return "Resting", "a first look; it goes on from here when you choose it"
     if found.state == "cancelled":
         return "Stopped", kept
     if found.state == "failed":
@@ -214,12 +216,16 @@ def queue(studio: Studio, owner: str, watched: str = "") -> str:
     jobs = studio.engine.jobs()
     if not jobs or [job.id for job in jobs] == [watched]:
         return ""
-    rows = []
+    rows, groups = [], set()
     for place, job in enumerate(jobs):
+        take = job.run.take
+        if take is not None and take.group in groups:
+            continue  # takes are one row
+        groups |= {take.group} if take else set()
         running = job.state == "running"
         wait_s = None if running else studio.starts_in_s(job.id)
         when = "running" if running else f"place {place + 1}" + (f", starts in about {duration(wait_s)}" if wait_s else "")
-        long = f"{job.request.num_frames / job.request.fps:.1f} s"
+        long = f"{job.request.num_frames / job.request.fps:.1f} s" + (f" · {take.num_takes} takes" if take else "")
         if owner and job.owner == owner:
             name = safe(short(job.request.all_text, 70)) or "no prompt"
             buttons = f'<button type="button" data-do="halt" data-id="{job.id}">Stop</button>'

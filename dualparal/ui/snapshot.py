@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualparal.errors import OutputError, RequestError
-from dualparal.events import BlockReady, Finished, Look, Progress, Started
+from dualparal.events import BlockReady, Cancelled, Finished, Look, Progress, Started
 from dualparal.files import is_file
 from dualparal.jobs.facts import created_s, read_history
 from dualparal.jobs.folder import JobFolder
 from dualparal.jobs.history import ENDED, History, Standing
+from dualparal.jobs.takes import from_record as take_from_record
 from dualparal.jobs.timeline import read_timeline
-from dualparal.messages import Span
+from dualparal.messages import Span, Take
 from dualparal.request import Settings
 
 if TYPE_CHECKING:
@@ -32,11 +33,17 @@ class Snapshot(Standing):
     progress: Progress | None = None
     created_s: float = 0.0
     is_baseline: bool = False  # plain Wan makes it, for comparison
+    take: Take | None = None  # it is one of several
     looks: Mapping[int, Look] = field(default_factory=dict)  # the newest of each block, while it is in memory
 
     @property
     def started(self) -> Started | None:
         return self.history.started
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is a take that has come to its first look and waits to be chosen."""
+        return isinstance(self.final, Cancelled) and self.final.is_resting
 
     @property
     def is_ended(self) -> bool:
@@ -78,7 +85,7 @@ def of_job(job: Job) -> Snapshot:
     return Snapshot(
         job_id=job.id, request=job.request, owner=job.owner, state=view.state, folder=job.folder, history=view.history,
         progress=view.progress, created_s=job.created_s, is_baseline=job.is_baseline,
-        looks=view.looks,
+        looks=view.looks, take=job.run.take,
     )  # fmt: skip
 
 
@@ -97,7 +104,7 @@ def of_folder(folder: JobFolder) -> Snapshot:
     return Snapshot(
         job_id=folder.job_id, request=request, owner=str(record.get("owner") or ""), folder=folder, state=state,
         history=replace(history, blocks=tuple(_here(folder, block) for block in history.blocks)),
-        created_s=created_s(record), is_baseline=bool(record.get("baseline")),
+        created_s=created_s(record), is_baseline=bool(record.get("baseline")), take=take_from_record(record),
     )  # fmt: skip
 
 

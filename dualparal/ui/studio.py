@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dualparal.jobs.job import Job
 
 SHORT_SEEDS = 10**6  # a seed that is easy to remember
+TAKES_WITHIN_MS = 60_000  # takes are made one after another
 STEER_S = 600.0  # a block step of the largest models takes minutes
 MAX_OWNERS = 10_000  # of jobs on disk, remembered
 
@@ -126,6 +127,46 @@ class Studio:
 
     def _loras_of_presets(self) -> list[str]:
         return [spec for preset in self.usable_presets() for spec in preset.loras]
+
+    def submit_takes(
+        self,
+        request: GenerationRequest | Settings,
+        takes: int,
+        preset_name: object = None,
+        *,
+        owner: str = "",
+        address: str = "",
+    ) -> list[Snapshot]:
+        """Queue the request with so many seeds, each to its first look; all or none."""
+        settings = self.resolve(request, preset_name)
+        self.check_loras(settings)
+        jobs: list[Job] = []
+
+        def submit() -> Job:
+            jobs.extend(self.engine.submit_takes(settings, takes, owner=owner))
+            return jobs[0]
+
+        self._queued(settings, address, submit)
+        return [snapshot.of_job(job) for job in jobs]
+
+    def takes(self, job_id: object, owner: str = "") -> list[Snapshot]:
+        """The takes that a job belongs with, itself among them, in their order, as far as they are still there; itself alone
+        where it is no take."""
+        found = self.find(job_id, owner)
+        if found.take is None:
+            return [found]
+        group, mine = found.take.group, []
+        for folder in self.past(owner) if owner else ():
+            if abs(_made_at(folder.job_id) - _made_at(group)) < TAKES_WITHIN_MS and folder.job_id != found.job_id:
+                mine.append(self.readable(folder))
+        mine += [snapshot.of_job(job) for job in self.engine.jobs() if job.owner == owner and job.id != found.job_id]
+        same = {one.job_id: one for one in (found, *mine) if one is not None and one.take and one.take.group == group}
+        return sorted(same.values(), key=lambda one: one.take.number if one.take else 0)
+
+    def stop(self, job_id: object, owner: str = "") -> None:
+        """`cancel` a job, and the takes that it belongs with."""
+        for take in self.takes(job_id, owner):
+            self.cancel(take.job_id, owner)
 
     def _queued(self, request: Settings, address: str, submit: Callable[[], Job]) -> Snapshot:
         with self.visitors.submitting(address, work_of(request, self.engine.preset)) as remember:
@@ -304,3 +345,9 @@ class Studio:
     def settings(self, found: Snapshot) -> dict[str, Any]:
         """The settings as a plain dictionary."""
         return found.request.model_dump(exclude_none=True)
+
+
+def _made_at(job_id: str) -> int:
+    """When a job was made, in milliseconds, as its id tells; 0 where somebody has named it."""
+    first = job_id.partition("-")[0]
+    return int(first, 16) if len(first) == 11 else 0
