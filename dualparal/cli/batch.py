@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dualparal.jobs.job import Job
 
 HELP = "make a video for each line of this file: a prompt, or where it ends in .jsonl an object with the fields of a request"
-OF_ONE = ("prompt", "job_id", "look", "baseline")  # flags that only one video can have
+OF_ONE = ("prompt", "job_id", "look", "baseline", "takes")  # flags that only one video can have
 CANNOT = ("failed", "closed")  # states of an engine
 OUTCOMES = MADE, THERE, FAILED, STOPPED_NOW, LEFT = "made", "there already", "failed", "stopped", "not begun"
 

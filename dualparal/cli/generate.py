@@ -15,7 +15,7 @@ from typing import Any
 from dualparal.cli.flags import add_engine_flags, add_request_flags, given, make_engine
 from dualparal.cli.parser import STOPPED
 from dualparal.errors import DualParalError, JobCancelled, OutputError, RequestError
-from dualparal.events import Finished
+from dualparal.events import Cancelled, Finished
 from dualparal.files import replace_durably
 from dualparal.hosts.torchrun import find_team
 from dualparal.jobs.claim import is_claimed
@@ -61,6 +61,8 @@ def run_generate(options: argparse.Namespace) -> int:
     engine = make_engine(options)
     if engine.team and not engine.team.is_front_end:
         return int(engine.host())
+    if (request.takes or 1) > 1:
+        return _run_takes(engine, request, options)
     settings = engine.resolve(request)
     print(f"job {job_id}", flush=True)
     if options.baseline:
@@ -70,6 +72,34 @@ def run_generate(options: argparse.Namespace) -> int:
     with sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
         job = engine.submit(settings, export_images=options.export_image, job_id=job_id)
         return finish_job(engine, job, options.save_file, options.look)
+
+
+def _run_takes(engine: Any, request: GenerationRequest, options: argparse.Namespace) -> int:
+    """Make several takes up to their first looks and say how each goes on. Returns the exit code."""
+    from dualparal.cli.look import LookFile
+    from dualparal.cli.progress import follow
+
+    if options.baseline or options.job_id or options.save_file:
+        raise RequestError(
+            "--takes are several videos at their first look: leave out --baseline, --job_id and --save_file", "takes"
+        )
+    code = 0
+    with sigterm_as_ctrl_c(), contextlib.closing(engine.start(wait=False)):
+        jobs = engine.submit_takes(request, request.takes)
+        try:
+            for number, job in enumerate(jobs, 1):
+                print(f"job {job.id}", flush=True)
+                look = options.look and options.look.with_stem(f"{options.look.stem}-{number}")
+                follow(engine, job, LookFile(look, job) if look else None)
+                final = job.view().final
+                code = max(code, 0 if isinstance(final, Cancelled) else 1)
+                seen = f"; its look is {look}" if look else ""
+                print(f"take {number}, seed {job.request.seed}{seen}: go on with `resume {job.id}`", flush=True)
+        except KeyboardInterrupt:
+            for job in jobs:
+                job.cancel()
+            return STOPPED
+    return code
 
 
 def run_resume(options: argparse.Namespace) -> int:

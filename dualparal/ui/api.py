@@ -1,5 +1,5 @@
-"""The API that "Use via API" shows and `gradio_client` calls: /generate /submit /status /cancel /steer /delete /result /look
-/presets.
+"""The API that "Use via API" shows and `gradio_client` calls: /generate /submit /status /cancel /resume /steer /delete /result
+/look /presets.
 
 Values arrive unchecked on purpose: `GenerationRequest` is the one place that checks them, and its sentence is what the caller
 gets. The parameters of /generate and /submit are made from its fields, so they cannot drift apart.
@@ -70,7 +70,7 @@ class Calls:
         """Endpoint name → function."""
         return {
             "generate": _takes_request(self.generate), "submit": _takes_request(self.submit), "status": self.status,
-            "cancel": self.cancel, "steer": self.steer,
+            "cancel": self.cancel, "resume": self.resume, "steer": self.steer,
             "delete": self.delete, "result": self.result, "look": self.look, "presets": self.presets,
         }  # fmt: skip
 
@@ -93,8 +93,17 @@ class Calls:
         yield await asyncio.to_thread(lambda: (self._video(found), self._status(found)))
 
     def submit(self, http: gr.Request, preset: Any, owner: Any, **fields: Any) -> dict:
-        """Queue a video and return at once. The status that comes back holds the `job_id` that the other endpoints want."""
-        return self._status(self._submit(preset, self._owner(owner, http), address_of(http), fields))
+        """Queue a video and return at once. The status that comes back holds the `job_id` that the other endpoints want.
+
+        With `takes` it is the first one's, and `takes` in it lists the job_id of each: they rest at their first look (/look),
+        and /resume goes on with one.
+        """
+        takes = fields.get("takes")
+        if not isinstance(takes, int) or isinstance(takes, bool) or takes < 2:
+            return self._status(self._submit(preset, self._owner(owner, http), address_of(http), fields))
+        request, name = self._request(fields), self._owner(owner, http)
+        found = self.studio.submit_takes(request, takes, preset, owner=name, address=address_of(http))
+        return {**self._status(found[0]), "takes": [take.job_id for take in found]}
 
     def status(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
         """Where a job stands: state, place in line, progress, finished blocks, timings."""
@@ -105,6 +114,10 @@ class Calls:
         name = self._owner(owner, http)
         self.studio.cancel(job_id, name)
         return self._status(self.studio.find(job_id, name))
+
+    def resume(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
+        """Go on with a job that was stopped, failed, was cut off, or is a take that rests; to the same bits."""
+        return self._status(self.studio.resume(job_id, self._owner(owner, http), address_of(http)))
 
     def steer(
         self, http: gr.Request, job_id: str, prompt: str, transition: str | None = None, owner: str | None = None
@@ -152,10 +165,13 @@ class Calls:
         return self.studio.owner_of(token or bearer_of(http), getattr(http, "username", None))
 
     def _submit(self, preset: Any, owner: str, address: str, fields: dict[str, Any]) -> Snapshot:
+        return self.studio.submit(self._request(fields), preset, owner=owner, address=address)
+
+    def _request(self, fields: dict[str, Any]) -> GenerationRequest:
         if not isinstance(fields.get("prompt"), str):
             raise RequestError("prompt is missing or not a text; give prompt='what the video shows'", "prompt")
         fields |= {name: uploaded(fields.get(name), name) for name in FILES}
-        return self.studio.submit(GenerationRequest(**fields), preset, owner=owner, address=address)
+        return GenerationRequest(**fields)
 
     def _video(self, found: Snapshot, must: bool = True) -> FileData | None:
         if must and isinstance(found.final, Failed):
@@ -185,6 +201,7 @@ class Calls:
                 for b in found.blocks
             ],
             "timings": found.timings,
+            "is_resting": found.is_resting,
             "error": without_paths(final.message) if isinstance(final, Failed) else None,
             "settings": self.studio.settings(found),
         }

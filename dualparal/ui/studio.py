@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dualparal.engine.takes import check_one
 from dualparal.errors import DualParalError, OutputError, RequestError
 from dualparal.events import Steered
 from dualparal.jobs.bin import Bin
@@ -112,6 +113,7 @@ class Studio:
         is refused here."""
         if request.continue_from is not None:
             self.find(request.continue_from, owner)
+        check_one(request)
         settings = self.resolve(request, preset_name)
         self.check_loras(settings)
         return self._queued(settings, address, lambda: self.engine.submit(settings, owner=owner))
@@ -138,6 +140,8 @@ class Studio:
         address: str = "",
     ) -> list[Snapshot]:
         """Queue the request with so many seeds, each to its first look; all or none."""
+        if request.continue_from is not None:
+            self.find(request.continue_from, owner)
         settings = self.resolve(request, preset_name)
         self.check_loras(settings)
         jobs: list[Job] = []
