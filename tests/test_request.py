@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
     "cache_order": ([0, 1, 2], [-1, 3, 0.5]),
     "disable_cache_before_step": ([1, 3, 1000], [0, -1, 1001, 1.5]),
     "disable_cache_after_step": ([0, 40, 1000], [-1, 1001, 1.5]),
+    "takes": ([1, 2, 4], [0, -1, 5, 1.5]),
 }
 
 
@@ -297,7 +298,7 @@ def test_everything_is_filled_from_the_preset() -> None:
 
 
 def test_a_field_is_written_once() -> None:
-    lengths = {"num_frames", "seconds"}
+    lengths = {"num_frames", "seconds", "takes"}
     assert set(GenerationRequest.model_fields) == set(Settings.model_fields) - NOT_ASKED | lengths
     for name in set(GenerationRequest.model_fields) - lengths:
         assert GenerationRequest.model_fields[name].description == Settings.model_fields[name].description

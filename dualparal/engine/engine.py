@@ -273,7 +273,11 @@ class Engine:
         """Queue `request` with so many seeds, its own and those after it: each runs to a first look and rests (it ends as
         `Cancelled` with `is_resting`); `resume` goes on with one, to the bits it would have had. All or none are taken. Raises
         as `submit`."""
-        return submit_takes(self, request, takes, owner)
+
+        def submit(settings: Settings, job_id: str, take: Take) -> Job:
+            return self.submit(settings, owner=owner, job_id=job_id, take=take)
+
+        return submit_takes(self.resolve(request), takes, submit)
 
     @property
     def shelf(self) -> LoraShelf:

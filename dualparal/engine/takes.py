@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from dualparal.errors import DualParalError, RequestError
 from dualparal.jobs.folder import new_job_id
 from dualparal.jobs.job import Job
 from dualparal.jobs.takes import takes_of
+from dualparal.messages import Take
 from dualparal.request import MAX_TAKES, GenerationRequest, Settings
 
-if TYPE_CHECKING:
-    from dualparal.engine.engine import Engine
+Submit = Callable[[Settings, str, Take], Job]
 
 
-def submit_takes(engine: Engine, request: GenerationRequest | Settings, takes: int, owner: str) -> list[Job]:
-    """See `Engine.submit_takes`."""
+def submit_takes(settings: Settings, takes: int, submit: Submit) -> list[Job]:
+    """See `Engine.submit_takes`; `submit` queues one take under a job id."""
     if not 2 <= takes <= MAX_TAKES:
         raise RequestError(f"takes={takes} is not between 2 and {MAX_TAKES}", "takes")
     jobs: list[Job] = []
     ids = [new_job_id() for _ in range(takes)]
     try:
-        for take, settings in takes_of(engine.resolve(request), ids):
-            jobs.append(engine.submit(settings, owner=owner, job_id=ids[take.number], take=take))
+        for take, one in takes_of(settings, ids):
+            jobs.append(submit(one, ids[take.number], take))
     except DualParalError:
         for job in jobs:
             job.cancel()
