@@ -9,10 +9,11 @@ from typing import Any, Protocol
 from dualparal import __version__
 from dualparal.request import GenerationRequest
 from dualparal.ui.api import FILES
+from dualparal.ui.words import safe
 
 MEDIA = {
     "video": ("video/mp4", "video/mp2t", "image/jpeg", "image/webp"), "segment": ("video/mp2t",), "picture": ("image/jpeg",),
-    "playlist": ("application/vnd.apple.mpegurl",), "events": ("text/event-stream",),
+    "playlist": ("application/vnd.apple.mpegurl",), "page": ("text/html",), "events": ("text/event-stream",),
 }  # fmt: skip
 TEXT, WHOLE, OBJECT = {"type": "string"}, {"type": "integer"}, {"type": "object"}
 MAYBE_TEXT, MAYBE_WHOLE = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
@@ -51,6 +52,32 @@ def described(doors: Iterable[Described]) -> dict[str, Any]:
         "paths": paths,
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}, "schemas": _schemas()},
     }
+
+
+def page(doors: Iterable[Described]) -> str:
+    """The same for people, as HTML that needs nothing from elsewhere."""
+    document = described(doors)
+    routes = "".join(
+        f"<tr><td>{method.upper()}</td><td><code>{safe(path)}</code></td><td>{safe(operation['description'])}"
+        + "".join(
+            f"<br><code>?{p['name']}</code> {safe(p['description'])}" for p in operation["parameters"] if p["in"] == "query"
+        )
+        + "</td></tr>"
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    )
+    fields = "".join(
+        f"<tr><td><code>{safe(name)}</code></td><td>{safe(about.get('description', ''))}</td></tr>"
+        for name, about in document["components"]["schemas"]["CreateVideo"]["properties"].items()
+    )
+    refusals = "".join(f"<tr><td>{status}</td><td>{safe(about)}</td></tr>" for status, about in REFUSALS.items())
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>DualParal Studio: /v1</title>'
+        "<style>body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}td{padding:.3rem .8rem .3rem 0;"
+        "vertical-align:top}</style><h1>/v1</h1><p>The form that OpenAI's client speaks. For programs: "
+        f'<a href="openapi.json">openapi.json</a>.</p><h2>Routes</h2><table>{routes}</table><h2>Fields of a video</h2>'
+        f"<table>{fields}</table><h2>Refusals</h2><table>{refusals}</table>"
+    )
 
 
 def _operation(door: Described) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
@@ -31,7 +31,7 @@ from dualparal.ui.v1 import content, events, live
 from dualparal.ui.v1.asked import asked
 from dualparal.ui.v1.keys import Access
 from dualparal.ui.v1.objects import Objects
-from dualparal.ui.v1.openapi import described
+from dualparal.ui.v1.openapi import described, page
 from dualparal.ui.watch import look
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class Videos:
             Door(method="GET", path="/videos/{video_id}/live.m3u8", call=self.live, gives="playlist", query=link),
             Door(method="GET", path="/models", call=self.models, gives="ModelList"),
             Door(method="GET", path="/openapi.json", call=self.openapi, gives="OpenAPI", is_open=True),
+            Door(method="GET", path="/docs", call=self.docs, gives="page", is_open=True),
         ]  # fmt: skip
 
     async def create(self, request: Request) -> Response:
@@ -215,6 +216,10 @@ class Videos:
     async def openapi(self, _: Request) -> Response:
         """This description."""
         return JSONResponse(described(self.doors()))
+
+    async def docs(self, _: Request) -> Response:
+        """This page."""
+        return HTMLResponse(page(self.doors()))
 
     def _preset(self, preset: Any, model: Any) -> Any:
         """The preset's name that `preset` or `model` stands for. Raises `Refusal`."""

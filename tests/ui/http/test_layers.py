@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dualparal.errors import RequestError
 from dualparal.ui.http import bodies, connections, logins
-from dualparal.ui.http.bodies import MAX_CALL_BYTES, BodiesMiddleware, Uploads
+from dualparal.ui.http.bodies import MAX_CALL_BYTES, MAX_PICTURE_BYTES, BodiesMiddleware, Uploads
 from dualparal.ui.http.logins import FREE_TRIES, Attempts, LoginsMiddleware
 from dualparal.ui.http.sites import Sites, SitesMiddleware
 
@@ -195,6 +195,16 @@ def test_uploads_count_against_what_they_may_take(tmp_path: Path) -> None:
     (tmp_path / "uploads" / "b").write_bytes(b"x")
     uploads.clean()
     assert list((tmp_path / "uploads").iterdir()) == [], "a server that starts finds none"
+
+
+def test_only_a_form_for_a_video_may_hold_a_picture() -> None:
+    app, form = BodiesMiddleware(tells), {"Content-Type": "multipart/form-data; boundary=x"}
+    assert call(app, "/v1/videos", method="POST", content=b"x" * 100_000, headers=form).json() == {"bytes": 100_000}
+    for path, headers in (("/v1/videos", {}), ("/v1/videos/abcdef/cancel", form), ("/x", form)):
+        assert call(app, path, method="POST", content=b"x" * 100_000, headers=headers).status_code == 413
+    announced = {**form, "Content-Length": str(MAX_PICTURE_BYTES + 1)}
+    refused = call(app, "/v1/videos", method="POST", content=in_pieces(1), headers=announced)
+    assert refused.status_code == 413 and refused.json()["error"]["code"] == "too_large"
 
 
 # Logins

@@ -22,6 +22,7 @@ from dualparal.errors import RequestError
 from dualparal.media.ffmpeg import ffmpeg_path
 from dualparal.media.metadata import describe, read_settings
 from dualparal.ui.http.bodies import MAX_CALL_BYTES
+from dualparal.ui.v1 import asked
 from dualparal.ui.v1.keys import read_keys
 from tests.page_server import DEADLINE_S, GRADIO_WARNINGS, Server
 
@@ -343,6 +344,13 @@ def test_the_queue_and_the_owners_limit(slow: Server) -> None:
         client_of(slow).videos.create(prompt="a kite")
 
 
+def test_few_pictures_are_taken_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asked, "_num_forms", asked.MAX_AT_ONCE)
+    with raw(server) as client:
+        answer = client.post("/videos", files={"prompt": (None, "x")})
+        assert answer.status_code == 503 and error_of(answer)["code"] == "busy" and answer.headers["retry-after"]
+
+
 # Keys
 
 
@@ -361,6 +369,9 @@ def test_where_keys_come_from(tmp_path: Path) -> None:
 def test_the_openapi_document(server: Server) -> None:
     with raw(server, None) as client:
         document = client.get("/openapi.json").json()
+        page = client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert all(f"<code>{path}</code>" in page.text for path in document["paths"]) and "negative_prompt" in page.text
     assert document["openapi"].startswith("3.1")
     assert {"get", "delete"} <= set(document["paths"]["/v1/videos/{video_id}"])
     fields = document["components"]["schemas"]["CreateVideo"]["properties"]
