@@ -1,4 +1,5 @@
-"""How a new prompt takes over: films of two shots by Pocket Wan, for every transition and for one prompt throughout.
+"""How a new prompt takes over: films of two shots by Pocket Wan, for every transition and for one prompt throughout, and films
+that go on from another (`continue_from`), with the new prompt and with the same.
 
     python -m benchmarks.transitions [--pairs 4] [--latents 20] [--schedule paper] [--context cached]
 
@@ -25,7 +26,9 @@ from dualparal.pocket.world import Prompt, held_out_prompts
 
 FPS = 16
 AFTER_S = 5
-KINDS = ("switch", "blend", "cut", "same prompt")
+SAME = ("same prompt", "same, continued")
+CONTINUED = ("continued", "same, continued")
+KINDS = ("switch", "blend", "cut", "same prompt", *CONTINUED)
 
 
 def prompt_pairs(num_pairs: int) -> list[tuple[Prompt, Prompt]]:
@@ -41,7 +44,9 @@ def prompt_pairs(num_pairs: int) -> list[tuple[Prompt, Prompt]]:
 
 def make(engine: Engine, kind: str, pair: tuple[Prompt, Prompt], options: argparse.Namespace) -> np.ndarray:
     """Frames [F, 64, 64, 3] uint8."""
-    is_same = kind == "same prompt"
+    is_same = kind in SAME
+    if kind in CONTINUED:
+        return make_continued(engine, pair[0], pair[not is_same], options)
     shots = [{"prompt": pair[0].caption, "latents_num": options.latents}]
     shots += [
         {"prompt": pair[not is_same].caption, "latents_num": options.latents, "transition": "switch" if is_same else kind}
@@ -49,9 +54,23 @@ def make(engine: Engine, kind: str, pair: tuple[Prompt, Prompt], options: argpar
     request = GenerationRequest(
         shots=shots, seed=1, num_per_block=8, num_cat=8, schedule=options.schedule, context=options.context
     )  # fmt: skip
+    return frames_of(engine, request)[1]
+
+
+def frames_of(engine: Engine, request: GenerationRequest) -> tuple[str, np.ndarray]:
+    """(the job, its frames)."""
     job = engine.submit(request, export_images=True)
     job.result()
-    return np.stack([np.asarray(Image.open(path)) for path in sorted((job.folder.path / "frames").glob("*.png"))])
+    return job.id, np.stack([np.asarray(Image.open(path)) for path in sorted((job.folder.path / "frames").glob("*.png"))])
+
+
+def make_continued(engine: Engine, first: Prompt, second: Prompt, options: argparse.Namespace) -> np.ndarray:
+    """Two films as one, the second with noise of its own."""
+    rules = {"num_per_block": 8, "num_cat": 8, "schedule": options.schedule, "context": options.context}
+    rules |= {"latents_num": options.latents}
+    film, frames = frames_of(engine, GenerationRequest(prompt=first.caption, seed=1, **rules))
+    more = frames_of(engine, GenerationRequest(prompt=second.caption, seed=2, continue_from=film, **rules))[1]
+    return np.concatenate([frames, more])
 
 
 def shown(frames: np.ndarray, prompt: Prompt) -> float:
@@ -63,7 +82,7 @@ def shown(frames: np.ndarray, prompt: Prompt) -> float:
 
 def measure(frames: np.ndarray, pair: tuple[Prompt, Prompt], kind: str, options: argparse.Namespace) -> list[float]:
     border = 4 * options.latents - 3
-    new = pair[kind != "same prompt"]
+    new = pair[kind not in SAME]
     marks = [shown(frames[border - FPS : border], pair[0])]
     marks += [shown(frames[border + FPS * second :][:FPS], new) for second in range(AFTER_S)]
     late = read_frames(frames[border + 2 * FPS :])

@@ -18,8 +18,8 @@ _HOMES = {
     "Job": "dualparal.jobs.job",
     "JobResult": "dualparal.jobs.job",
     **dict.fromkeys(
-        ("Event", "Queued", "Started", "Progress", "Look", "BlockReady", "Steered", "Interrupted", "Finished", "Failed",
-         "Cancelled"),
+        ("Event", "Queued", "Started", "Progress", "Look", "BlockReady", "Steered", "WrappedUp", "Interrupted", "Finished",
+         "Failed", "Cancelled"),
         "dualparal.events",
     ),
     **dict.fromkeys(
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         Queued,
         Started,
         Steered,
+        WrappedUp,
     )
     from dualparal.jobs.job import Job, JobResult
     from dualparal.pipeline import DualParalPipeline

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualparal.errors import RequestError
-from dualparal.prompts import shown, text_of_shot
+from dualparal.prompts import check_length, shown, text_of_shot
 
 TEMPORAL_FACTOR = 4  # frames folded into one latent frame by the Wan VAE (the first latent holds one frame)
 LENGTHS = ("latents_num", "num_frames", "seconds")  # a request gives at most one of them
@@ -21,7 +21,11 @@ def check_together(found: Any) -> None:
     given = [name for name in LENGTHS if name in type(found).model_fields and getattr(found, name) is not None]
     if len(given) > 1:
         raise RequestError(f"{' and '.join(given)} both give the length; give one of them", given[1])
+    if found.is_endless and _is_request(found) and given:
+        raise RequestError(f"is_endless: an endless film has no length; leave {given[0]} out", given[0])
     if found.shots is not None:
+        if not found.is_endless:
+            check_length(len(found.shots), found.shots[-1])
         _check_shots(found, given)
     _check_num_frames(found)
     if found.start_image is not None:

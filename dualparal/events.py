@@ -1,4 +1,4 @@
-"""What a job tells its caller, in order: Queued, Started, then Progress, BlockReady and Steered, then one final event.
+"""What a job tells its caller, in order: Queued, Started, then Progress, BlockReady, Steered, WrappedUp, then one final event.
 
 Frozen, picklable and JSON-friendly: they cross process borders and are appended to `events.jsonl`. `time_s` is seconds since
 the epoch by a clock that may be set; `worked_s` by one that is not. Exactly one of Finished, Failed, Cancelled ends a job.
@@ -118,6 +118,16 @@ class Steered(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WrappedUp(Event):
+    """An endless film ends with the blocks that have entered; the counts are those of the film as it now will be, as in
+    `Started`."""
+
+    num_blocks: int
+    num_items: int
+    num_frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Interrupted(Event):
     """Cut off (`kind` and `message` as in `Failed`), but not ended: it is queued again and goes on from its last saved sweep.
     Blocks already told of are not told of again."""
@@ -157,7 +167,7 @@ class Cancelled(Event):
 
 
 FINAL = (Finished, Failed, Cancelled)
-_BY_NAME = {cls.__name__: cls for cls in (Queued, Started, Progress, BlockReady, Steered, Interrupted, *FINAL)}
+_BY_NAME = {cls.__name__: cls for cls in (Queued, Started, Progress, BlockReady, Steered, WrappedUp, Interrupted, *FINAL)}
 
 
 _READERS: dict[str, TypeAdapter[Any]] = {}  # made when first asked for: imports stay quick

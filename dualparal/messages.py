@@ -1,7 +1,7 @@
 """Everything that crosses a process border inside one engine, besides the public events. Frozen, picklable, no torch types
 on the front end's side: arrays travel as numpy.
 
-    front end ─ RunJob, CancelJob, Steer, Shutdown ─► rank 0 ─ JobSpec (broadcast) ─► ranks 1 … N-1
+    front end ─ RunJob, CancelJob, Steer, Finish, Shutdown ─► rank 0 ─ JobSpec (broadcast) ─► ranks 1 … N-1
     rank 0 ─ EncodeText, EncodePicture, OpenVideo, TurnVideo, DecodeBlock, CloseVideo, Shutdown ─► codec ─ Embeddings,
                                                                                    EncodedPicture ─► rank 0
     every worker ─ Ready, Beat, Spans, WorkerError, ... and public events ─► front end
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dualparal.events import Steered
+from dualparal.events import Steered, WrappedUp
 from dualparal.method.plan import BlockPlan
 from dualparal.method.schedule import Rules
 from dualparal.model.lora_source import Lora
@@ -99,16 +99,25 @@ class Steer:
     shot: Shot
 
 
+@dataclass(frozen=True)
+class Finish:
+    """Front end to rank 0: let no further block of an endless `job_id` enter. Answered with the same `number`."""
+
+    job_id: str
+    number: int
+
+
 TOO_LATE = "every block of the film has entered already; what is under way keeps its text"
 
 
 @dataclass(frozen=True)
 class SteerAnswer:
-    """Rank 0 to the front end: the new `timeline`, on disk already, and where it begins; or why there is none."""
+    """Rank 0 to the front end: the new `timeline`, on disk already, and what is to be told of it; or why there is none.
+    `number` 0: nobody has asked, an endless film is planned further."""
 
     job_id: str
     number: int
-    steered: Steered | None = None
+    steered: Steered | WrappedUp | None = None
     timeline: Settings | None = None
     refusal: str = ""
 

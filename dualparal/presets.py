@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dualparal.errors import PresetError, RequestError
+from dualparal.method.endless import first_horizon
 from dualparal.method.rules import POLICIES, settle_names, settle_rules
 from dualparal.method.timeline import settle_shots
 from dualparal.paths import expand, is_folder, why_missing
@@ -56,7 +57,7 @@ class Limits(BaseModel):
         """Raise `RequestError` if `request` asks for more than these limits."""
         num_frames = request.num_frames
         # One latent more than the seconds say: lengths are rounded up to whole latents.
-        if num_frames > self.seconds * request.fps + 4:
+        if num_frames > self.seconds * request.fps + 4 and not request.is_endless:
             most = int(self.seconds * request.fps)
             raise RequestError(
                 f"{num_frames} frames ({num_frames / request.fps:.1f} s) are more than this preset's limit of "
@@ -124,9 +125,9 @@ def complete(
     own = request.model_dump(exclude={"num_frames", "seconds", "takes"}, exclude_none=True)
     checkpoint = {"boundary_ratio": boundary_ratio, "flow_shift": flow_shift or FLOW_SHIFT}
     values = checkpoint | preset.model_dump(include=set(Settings.model_fields), exclude_none=True) | own
-    values |= {"model": preset.model if model is None else model, **_length(request, preset, values["fps"])}
     if request.num_cat is None:
         values["num_cat"] = min(preset.num_cat, values["num_per_block"])
+    values |= {"model": preset.model if model is None else model, **_length(request, preset, values)}
     values["schedule"], values["context"] = settle_names(request, preset.schedule, preset.context, has_room=has_room)
     values.setdefault("guidance_scale_2", values["guidance_scale"])
     values.setdefault("seed", secrets.randbelow(2**31))
@@ -168,11 +169,18 @@ def restore(values: Mapping[str, Any]) -> Settings:
     return Settings(**({"left_context": policy.left_context} if policy else {}) | dict(values))
 
 
-def _length(request: GenerationRequest, preset: Preset, fps: int) -> dict[str, Any]:
-    """Latent frames of the video that `request` asks for, and of its shots."""
-    if request.shots is None:
+def _length(request: GenerationRequest, preset: Preset, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Latent frames of the video that `request` asks for, and of its shots; of an endless one as far as it is planned."""
+    fps, shots = values["fps"], request.shots
+    if request.is_endless:
+        begins = {"is_continued": request.continue_from is not None, "has_picture": request.start_image is not None}
+        length = first_horizon(shots or (), values["num_per_block"], values["num_cat"], **begins)
+        if shots is None:
+            return {"latents_num": length}
+        shots = (*shots[:-1], shots[-1].model_copy(update={"seconds": None, "latents_num": length}))
+    if shots is None:
         return {"latents_num": _latents(request, preset, fps)}
-    shots = settle_shots(request.shots, fps, is_continued=request.continue_from is not None)
+    shots = settle_shots(shots, fps, is_continued=request.continue_from is not None)
     return {"shots": shots, "latents_num": sum(shot.latents_num or 0 for shot in shots)}
 
 

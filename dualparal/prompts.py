@@ -80,11 +80,20 @@ def checked_shots(given: Any) -> tuple[Shot, ...]:
         raise _refused(f"{len(given)} shots are too many; the limit is {MAX_SHOTS}, join some of them")
     shots = tuple(_shot(number, one) for number, one in enumerate(given, 1))
     for number, shot in enumerate(shots, 1):
-        if (shot.seconds is None) == (shot.latents_num is None):
-            what = "no length" if shot.seconds is None else "seconds and latents_num, which both give its length"
-            raise _refused(f"shot {number} has {what}; give it one of seconds and latents_num")
+        if shot.seconds is not None and shot.latents_num is not None:
+            raise _refused(
+                f"shot {number} has seconds and latents_num, which both give its length; give it one of seconds and latents_num"
+            )
+        if number < len(shots):  # the last of an endless film has none
+            check_length(number, shot)
     check_size(sum(len(shot.prompt.encode()) for shot in shots))
     return shots
+
+
+def check_length(number: int, shot: Shot) -> None:
+    """Raise `RequestError` for a shot without one."""
+    if shot.seconds is None and shot.latents_num is None:
+        raise _refused(f"shot {number} has no length; give it one of seconds and latents_num")
 
 
 def shot_from_here(prompt: Any, transition: Any = None) -> Shot:

@@ -183,6 +183,10 @@ class Settings(_Described):
         "also without the preset's",
         json_schema_extra={"flags": ["with_lora"], "dest": "with_lora", "metavar": "[high:|low:]LORA[:SCALE]"},
     )  # fmt: skip
+    is_endless: bool = Field(
+        False, description="the film goes on until it is told to finish; it has no length, and neither has its last shot",
+        json_schema_extra={"flags": ["endless"], "is_switch": True},
+    )  # fmt: skip
     continue_from: str | None = Field(
         None, min_length=1, max_length=4096, description="a film to go on from: the id of a job of one's own that has ended",
         json_schema_extra={"metavar": "JOB"},
@@ -223,7 +227,8 @@ class Settings(_Described):
 def asked_again(values: dict[str, Any]) -> dict[str, Any]:
     """Of the `values` of settings those that a request of the same has; a timeline's shots say how long it is. What a film
     begins with has to be given again: of a picture only the digest is known, and a continued film may be gone."""
-    left_out = {*NOT_ASKED, "start_image", "continue_from", "join", *(("latents_num",) if values.get("shots") else ())}
+    has_length = not values.get("shots") and not values.get("is_endless")
+    left_out = {*NOT_ASKED, "start_image", "continue_from", "join", *(() if has_length else ("latents_num",))}
     return {name: value for name, value in values.items() if name not in left_out}
 
 

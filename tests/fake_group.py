@@ -23,6 +23,7 @@ from dualparal.messages import (
     Beat,
     CancelJob,
     Denoised,
+    Finish,
     JobError,
     Ready,
     RunJob,
@@ -163,7 +164,9 @@ class FakeGroup:
             job = JobUnderWay(run, self.options.ranks, self.say)
             is_stopped = False
             for place in itertools.count():
-                is_stopped = self._is_stopped(run.job_id, lambda wish: job.steer(wish, place))  # noqa: B023
+                is_stopped = self._is_stopped(run.job_id, lambda wish: self._steer(job, wish, place))  # noqa: B023
+                if place < len(job.items):
+                    job.look_ahead(job.items[place])
                 if place == len(job.items):
                     break
                 item = job.items[place]
@@ -187,6 +190,9 @@ class FakeGroup:
             self.say(JobError(run.job_id, "OutputError", str(error)))
             self.say(Denoised(run.job_id))
 
+    def _steer(self, job: JobUnderWay, wish: Steer | Finish, place: int) -> None:
+        (job.wrap_up if isinstance(wish, Finish) else job.steer)(wish, place)  # type: ignore[operator]
+
     def _meet_fate(self, job: JobUnderWay, is_first: bool) -> None:
         """After a block: what the prompt says."""
         prompt, notebook = job.run.request.prompt, self.notebook
@@ -201,13 +207,13 @@ class FakeGroup:
             job.has_failed = True
             self.say(JobError(job.run.job_id, "OutOfMemory", NO_MEMORY))
 
-    def _is_stopped(self, job_id: str, steer: Callable[[Steer], None] = lambda wish: None) -> bool:
+    def _is_stopped(self, job_id: str, steer: Callable[[Steer | Finish], None] = lambda wish: None) -> bool:
         while not self.requests.empty():
             message = self.requests.get()
             if isinstance(message, CancelJob):
                 if not self.notebook.is_deaf:
                     self._stopped.add(message.job_id)
-            elif isinstance(message, Steer):
+            elif isinstance(message, Steer | Finish):
                 steer(message)
             else:
                 self.requests.put(message)

@@ -14,14 +14,16 @@ from typing import Any, ClassVar
 import numpy as np
 from safetensors.numpy import save_file
 
-from dualparal.events import BlockReady, Progress, Started, Steered
+from dualparal.events import BlockReady, Progress, Started, Steered, WrappedUp
 from dualparal.files import END_LATENTS, STEERED, write_record
 from dualparal.media.writer import Segment, VideoWriter
-from dualparal.messages import TOO_LATE, RunJob, Span, Spans, Steer, SteerAnswer, VideoClosed
+from dualparal.messages import TOO_LATE, Finish, RunJob, Span, Spans, Steer, SteerAnswer, VideoClosed
+from dualparal.method.endless import extended, wrapped_up
 from dualparal.method.rules import plan_of, rules_of
 from dualparal.method.schedule import Item, make_schedule
 from dualparal.method.timeline import steered
 from dualparal.model.source import find_checkpoint
+from dualparal.request import Settings
 
 TELL_EVERY_S = 0.2
 
@@ -81,12 +83,8 @@ class JobUnderWay:
         if block == self.plan.num_blocks:
             self._say(SteerAnswer(wish.job_id, wish.number, refusal=TOO_LATE))
             return
-        request = steered(self.run.request, self.plan, block, wish.shot)
-        self.run, self.plan = replace(self.run, request=request), plan_of(request)
-        self.items = make_schedule(rules_of(request), self.plan, (0,) * request.num_inference_steps).items
-        self._steps = [*self._steps[:block], *[0] * (self.plan.num_blocks - block)]
-        self._num_items = self.plan.num_blocks * request.num_inference_steps
-        write_record(Path(self.run.folder) / STEERED, {"request": request.model_dump(exclude_none=True)})
+        self._steps = self._steps[:block]
+        self._follow(request := steered(self.run.request, self.plan, block, wish.shot), block)
         assert request.shots is not None
         told = Steered(
             job_id=wish.job_id, block=block, prompt=wish.shot.prompt, transition=request.shots[-1].transition,
@@ -94,6 +92,28 @@ class JobUnderWay:
             num_frames=self.plan.num_frames,
         )  # fmt: skip
         self._say(SteerAnswer(wish.job_id, wish.number, told, request))
+
+    def look_ahead(self, item: Item) -> None:
+        """Plan an endless film further before the last planned block enters."""
+        if self.run.request.is_endless and item.block + 1 == self.plan.num_blocks and item.step == 0:
+            self._follow(extended(self.run.request, self.plan), self.plan.num_blocks)
+            self._say(SteerAnswer(self.run.job_id, 0, timeline=self.run.request))
+
+    def wrap_up(self, wish: Finish, place: int) -> None:
+        """End the film with the blocks that items before `place` are of."""
+        block = 1 + max((item.block for item in self.items[:place]), default=-1)
+        self._follow(wrapped_up(self.run.request, self.plan, block), self.plan.num_blocks)
+        told = WrappedUp(
+            job_id=wish.job_id, num_blocks=self.plan.num_blocks, num_items=self._num_items, num_frames=self.plan.num_frames
+        )
+        self._say(SteerAnswer(wish.job_id, wish.number, told, self.run.request))
+
+    def _follow(self, request: Settings, num_known: int) -> None:
+        self.run, self.plan = replace(self.run, request=request), plan_of(request)
+        self.items = make_schedule(rules_of(request), self.plan, (0,) * request.num_inference_steps).items
+        self._steps = [*self._steps, *[0] * max(0, self.plan.num_blocks - num_known)][: self.plan.num_blocks]
+        self._num_items = self.plan.num_blocks * request.num_inference_steps
+        write_record(Path(self.run.folder) / STEERED, {"request": request.model_dump(exclude_none=True)})
 
     def add_block(self, block: int) -> None:
         """Write the block's segment, or find it from the run before."""

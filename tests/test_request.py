@@ -35,7 +35,9 @@ CHOICES = {
     "context": ["recomputed", "cached", "auto"],
     "solver": ["unipc", "euler", "dpm++"],
 }
-NO_NUMBERS = (*TEXT, *CHOICES, "micro_batches", "shots", "start_image", "loras", "continue_from", "join")
+NO_NUMBERS = (
+    *TEXT, *CHOICES, "micro_batches", "shots", "start_image", "loras", "continue_from", "join", "is_endless"
+)  # fmt: skip
 NUMBERS = [name for name in OPTIONAL if name not in NO_NUMBERS]
 # field: (values that are fine, values that are not)
 RANGES: dict[str, tuple[list[object], list[object]]] = {
@@ -289,7 +291,7 @@ def test_everything_is_filled_from_the_preset() -> None:
         "micro_batches": False, "cache_interval": 1, "cache_order": 1, "disable_cache_before_step": 3,
         "disable_cache_after_step": None, "model": "Wan-AI/Some", "shots": None, "start_image": None,
         "loras": (),
-        "continue_from": None, "join": False, "ghost": 0, "num_frames_before": 0,
+        "is_endless": False, "continue_from": None, "join": False, "ghost": 0, "num_frames_before": 0,
     }  # fmt: skip
     assert settings.num_frames == 81
     assert complete(settings.as_request(), preset) == settings

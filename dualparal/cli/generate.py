@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def finish_job(engine: Any, job: Any, save_file: Path | None, look: Path | None 
     from dualparal.cli.progress import follow
 
     try:
-        follow(engine, job, LookFile(look, job) if look else None)
+        _wrap_up_on_ctrl_c(job, lambda: follow(engine, job, LookFile(look, job) if look else None))
     except KeyboardInterrupt:
         print("stopping; Ctrl-C again to quit at once", file=sys.stderr, flush=True)
         job.cancel()
@@ -151,6 +152,19 @@ def finish_job(engine: Any, job: Any, save_file: Path | None, look: Path | None 
     return 0
 
 
+def _wrap_up_on_ctrl_c(job: Any, follow: Callable[[], None]) -> None:
+    """Follow a job; the first Ctrl-C gives an endless film its end."""
+    try:
+        follow()
+    except KeyboardInterrupt as stop:
+        if not job.request.is_endless or job.state != "running" or isinstance(stop, Terminated):
+            raise
+        print("finishing the blocks under way; Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(RequestError):  # it has ended meanwhile
+            job.finish()
+        follow()
+
+
 def kept(result: Any, seed: int | None, save_file: Path | None) -> str:
     """Copy a finished video to where it is wanted; a line about it."""
     path = Path(result.path)
@@ -161,10 +175,14 @@ def kept(result: Any, seed: int | None, save_file: Path | None) -> str:
     return f"{path}: {result.num_frames} frames, seed {seed}; {times}"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whoever sends it does not wait long."""
+
+
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Any:
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -21,9 +22,10 @@ from dualparal.jobs.ending import end_surely, join_finished
 from dualparal.jobs.job import Job
 from dualparal.jobs.queue import JobQueue
 from dualparal.locks import SafeCondition
-from dualparal.messages import TOO_LATE, Steer, SteerAnswer
+from dualparal.messages import TOO_LATE, Finish, Steer, SteerAnswer
 
 log = logging.getLogger(__name__)
+LOOK_FOR_ROOM_S = 1.0
 KEEP_ENDED = 32  # ended jobs kept in memory; all are on disk
 MAX_INTERRUPTIONS = 1  # how often a job goes on by itself
 STATES = ("ready", "starting", "restarting", "failed")  # of an engine: the best of its replicas'
@@ -39,16 +41,19 @@ class Group(Protocol):
     def holds(self, job_id: str) -> bool: ...
     def at_work(self) -> list[Job]: ...
     def stop_job(self, job: Job) -> None: ...
-    def steer_job(self, wish: Steer) -> None: ...
+    def steer_job(self, wish: Steer | Finish) -> None: ...
     def wake(self) -> None: ...
 
 
 class Dispatcher:
     """Hands queued jobs to replicas, one at a time each."""
 
-    def __init__(self, queue: JobQueue[Job], *, auto_resume: bool, check: Callable[[Job], None] = lambda _: None) -> None:
+    def __init__(
+        self, queue: JobQueue[Job], *, auto_resume: bool, check: Callable[[Job], None] = lambda _: None,
+        has_room: Callable[[Job], bool] = lambda _: True,
+    ) -> None:  # fmt: skip
         """`check` is called before a job is handed out: it waits on, and all behind it, while that raises `OutputError` (a full
-        disk)."""
+        disk). `has_room`: whether an endless film may go on as far as it is planned."""
         self.changed = SafeCondition()
         self.queue = queue
         self.comparisons: JobQueue[Job] = JobQueue()  # shares the limits of `queue`
@@ -56,7 +61,8 @@ class Dispatcher:
         self.comparer: Group | None = None
         self.tally = Tally()
         self.is_closing = False
-        self._auto_resume, self._check = auto_resume, check
+        self._auto_resume, self._check, self._has_room = auto_resume, check, has_room
+        self._looked_s = 0.0  # for room for endless films
         self._jobs: dict[str, Job] = {}
         self._ended: deque[str] = deque()
         self._short: tuple[str, str] = ("", "")  # the job that waits for room on the disk, and in whose words
@@ -125,7 +131,7 @@ class Dispatcher:
             path, num_frames = join_finished(job)
             job.emit(Cancelled(job_id=job.id, path=path, num_frames=num_frames))
 
-    def steer(self, job: Job, wish: Steer) -> None:
+    def steer(self, job: Job, wish: Steer | Finish) -> None:
         """Hand a wish to the workers that denoise the job; where none do, it is refused."""
         with self.changed:
             for group in self.replicas:
@@ -147,6 +153,19 @@ class Dispatcher:
             log.exception("jobs could not be stopped")
         finally:
             self._hearing.release()
+
+    def wrap_up_full(self) -> None:
+        """End endless films for which there is no more room on the disk. Never raises."""
+        if time.monotonic() < self._looked_s + LOOK_FOR_ROOM_S:
+            return
+        self._looked_s = time.monotonic()
+        try:
+            for job in self.jobs():
+                if job.request.is_endless and job.state == "running" and not job.is_stopping and not self._has_room(job):
+                    log.warning("job %s is wrapped up: the disk is full", job.id, extra={"job_id": job.id})
+                    self.steer(job, Finish(job.id, 0))
+        except Exception:
+            log.exception("endless films could not be wrapped up")
 
     def forget(self, job_id: str) -> None:
         """Drop an ended job from memory (its files stay)."""

@@ -78,6 +78,7 @@ class Engine:
             JobQueue(max_jobs=asked.max_queue, max_per_owner=asked.max_per_owner),
             auto_resume=asked.auto_resume,
             check=lambda job: storage.check_free(job.request, job.id),
+            has_room=lambda job: storage.has_room_for_more(job.request, job.id),
         )
         self.replicas = tuple(
             Replica(f"replica {n}", dataclasses.replace(setup.options, devices=own, codec_device=codec), self.dispatcher)
@@ -243,6 +244,8 @@ class Engine:
             raise RequestError(
                 "prompt_embeds are of one text, and the request has shots; leave one of them out", "prompt_embeds"
             )
+        if settings.is_endless and any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)):
+            raise RequestError("is_endless: the tensors given are those of a film with an end; leave them out", "is_endless")
         has_tensors = any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds))
         job_id = new_job_id() if job_id is None else check_job_id(job_id)
         self._admission.check(settings)
@@ -306,6 +309,8 @@ class Engine:
             raise RequestError("plain Wan takes no picture; compare a film that begins without one", "start_image")
         if settings.loras:
             raise RequestError("plain Wan is compared as it is; compare a video without LoRAs", "loras")
+        if settings.is_endless:
+            raise RequestError("plain Wan makes no endless film; compare one that has an end", "is_endless")
         if settings.continue_from is not None:
             raise RequestError("plain Wan continues no film; compare one that begins by itself", "continue_from")
         if self._is_started:

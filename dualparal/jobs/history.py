@@ -10,7 +10,19 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dualparal.events import BlockReady, Cancelled, Event, Failed, Finished, Interrupted, Progress, Queued, Started, Steered
+from dualparal.events import (
+    BlockReady,
+    Cancelled,
+    Event,
+    Failed,
+    Finished,
+    Interrupted,
+    Progress,
+    Queued,
+    Started,
+    Steered,
+    WrappedUp,
+)
 
 STATES = ("queued", "running", "finished", "failed", "cancelled", "interrupted")
 ENDED = ("finished", "failed", "cancelled", "interrupted")
@@ -63,7 +75,7 @@ class History:
             case BlockReady():
                 first_s = now.worked_s if not self.blocks and self.first_frames_s is None else self.first_frames_s
                 return replace(now, blocks=_with(self.blocks, event), first_frames_s=first_s)
-            case Steered() if self.started is not None:
+            case Steered() | WrappedUp() if self.started is not None:
                 film = {name: getattr(event, name) for name in ("num_blocks", "num_items", "num_frames")}
                 return replace(now, started=replace(self.started, **film))
             case Interrupted():

@@ -26,6 +26,7 @@ from dualparal.events import (
     Queued,
     Started,
     Steered,
+    WrappedUp,
 )
 from dualparal.jobs.claim import Claim
 from dualparal.jobs.folder import JobFolder
@@ -35,7 +36,7 @@ from dualparal.jobs.looks import Looks
 from dualparal.jobs.timeline import Timeline
 from dualparal.jobs.wishes import Wishes
 from dualparal.locks import SafeCondition
-from dualparal.messages import RunJob, Span, Steer, SteerAnswer
+from dualparal.messages import Finish, RunJob, Span, Steer, SteerAnswer
 from dualparal.prompts import shot_from_here
 from dualparal.request import Settings
 
@@ -77,7 +78,7 @@ class Job:
         *,
         on_end: Callable[[Job], None] = lambda _: None,
         claim: Claim | None = None,
-        steer: Callable[[Job, Steer], None] | None = None,
+        steer: Callable[[Job, Steer | Finish], None] | None = None,
     ) -> None:
         """`claim` is given back at the end, before anybody is told of it; `on_end` is called after that, once. `steer` takes a
         wish to rank 0, or answers it."""
@@ -173,7 +174,27 @@ class Job:
         self._steer(self, Steer(self.id, number, shot))
         if self.state != "running":  # it was cut off meanwhile, and perhaps before the wish was noted
             self._wishes.refuse_all(CUT_OFF)
-        return self._wishes.wait(number, timeout)
+        told = self._wishes.wait(number, timeout)
+        assert isinstance(told, Steered)
+        return told
+
+    def finish(self, *, timeout: float | None = None) -> WrappedUp:
+        """Let no further block of an endless film enter: those in flight are completed, and the film ends there.
+
+        Waits until that is settled, a few block steps, and says how long it will be. Raises `RequestError` where there is
+        nothing to wrap up; TimeoutError after `timeout` seconds.
+        """
+        if self._steer is None or not self.request.is_endless:
+            raise RequestError(f"job {self.id} makes a film that has an end; only an endless one is wrapped up", "job_id")
+        if self.state != "running":
+            raise RequestError(f"job {self.id} is {self.state}; only a running film is wrapped up", "job_id")
+        number = self._wishes.open()
+        self._steer(self, Finish(self.id, number))
+        if self.state != "running":
+            self._wishes.refuse_all(CUT_OFF)
+        told = self._wishes.wait(number, timeout)
+        assert isinstance(told, WrappedUp)
+        return told
 
     def result(self, timeout: float | None = None) -> JobResult:
         """Wait for the end. Raises the job's error, `JobCancelled` after a stop, TimeoutError after `timeout` seconds."""
@@ -197,8 +218,9 @@ class Job:
 
     def take_answer(self, answer: SteerAnswer) -> None:
         """Note how rank 0 has answered a wish, and the timeline that it follows from now on."""
-        if answer.steered is not None and answer.timeline is not None:
+        if answer.timeline is not None:
             self._go_by(answer.timeline)
+        if answer.steered is not None:
             self.emit(answer.steered)
         self._wishes.answer(answer)
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from dualparal.errors import OutputError, RequestError
 from dualparal.jobs.claim import delete_job, is_claimed
 from dualparal.jobs.folder import JobFolder, list_jobs
-from dualparal.planning.disk import bytes_needed
+from dualparal.method.rules import plan_of
+from dualparal.planning.disk import bytes_needed, sweep_bytes
 from dualparal.request import Settings
 
 log = logging.getLogger(__name__)
+BLOCKS_TO_SPARE = 4  # that an endless film may make before anybody looks again
 MAY_GO_AFTER_S = 7 * 86400.0  # of other people's videos: else a full server would take no newcomer
 
 
@@ -62,6 +64,22 @@ class Storage:
                 deleted = self._shrink(self._max_bytes, request, job_id, owner, open_jobs or {}, keep)
         self.check_free(request, job_id)
         return deleted
+
+    def has_room_for_more(self, request: Settings, job_id: str) -> bool:
+        """Whether an endless film that is under way may grow: what is there of it once more, for the joined video, and the
+        blocks that may be in flight fit on the disk and under the limit."""
+        folder = self._outputs / job_id
+        there = folder_bytes(folder)
+        plan = plan_of(request)
+        ahead = (request.max_in_flight + BLOCKS_TO_SPARE) * request.num_per_block / max(1, plan.latents_num)
+        needed = there + int(min(1.0, ahead) * bytes_needed(request)) + sweep_bytes(request)
+        if shutil.disk_usage(self._outputs).free < needed:
+            return False
+        if self._max_bytes is None:
+            return True
+        with self._lock:
+            used = sum(self._size(one) for one in list_jobs(self._outputs))
+        return used + needed <= self._max_bytes
 
     def _still_to_write(self, request: Settings, job_id: str) -> int:
         there = folder_bytes(self._outputs / job_id) if job_id else 0

@@ -13,10 +13,8 @@ import torch
 from dualparal.method.plan import BlockPlan
 
 
-def coordinated_noise(
-    plan: BlockPlan, num_per_block: int, seed: int, *, channels: int, height: int, width: int
-) -> Iterator[torch.Tensor]:
-    """Yield each block's noise in order, [1, channels, len(block), height, width] float32 on the CPU.
+class CoordinatedNoise:
+    """An iterator over each block's noise in order, [1, channels, len(block), height, width] float32 on the CPU.
 
     `height` and `width` are those of the latents. The recurrence, for a pool of `num_per_block + num_cat` frames:
 
@@ -26,15 +24,34 @@ def coordinated_noise(
 
     so no frame's noise repeats within [left context | own]. Every scene draws a pool of its own, the generator going on.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    shape = (1, channels, num_per_block + plan.num_cat, height, width)
-    pool = torch.empty(shape)
-    for block, length in enumerate(plan.lengths):
-        if plan.begins_scene(block):
-            pool = torch.randn(shape, generator=generator, dtype=torch.float32)
-        perm = torch.randperm(num_per_block, generator=generator)
-        pool = torch.cat([pool[:, :, num_per_block:], pool[:, :, :num_per_block][:, :, perm]], dim=2)
-        yield pool[:, :, pool.shape[2] - length :].clone()
+
+    def __init__(self, plan: BlockPlan, num_per_block: int, seed: int, *, channels: int, height: int, width: int) -> None:
+        self._plan, self._num_per_block, self._block = plan, num_per_block, 0
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._shape = (1, channels, num_per_block + plan.num_cat, height, width)
+        self._pool = torch.empty(0)
+
+    def follow(self, plan: BlockPlan) -> None:
+        """Go on with the blocks of `plan`, which has those that were drawn so far."""
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        block, num_per_block = self._block, self._num_per_block
+        if block == self._plan.num_blocks:
+            raise StopIteration
+        self._block += 1
+        if self._plan.begins_scene(block):
+            self._pool = torch.randn(self._shape, generator=self._generator, dtype=torch.float32)
+        perm = torch.randperm(num_per_block, generator=self._generator)
+        pool = torch.cat([self._pool[:, :, num_per_block:], self._pool[:, :, :num_per_block][:, :, perm]], dim=2)
+        self._pool = pool
+        return pool[:, :, pool.shape[2] - self._plan.lengths[block] :].clone()
+
+
+coordinated_noise = CoordinatedNoise
 
 
 class Ghost:

@@ -99,7 +99,7 @@ def scenes_of(shots: Sequence[Shot]) -> list[list[int]]:
 
 def steered(settings: Settings, plan: BlockPlan, block: int, shot: Shot) -> Settings:
     """`settings`, whose block plan is `plan`, with `shot` from `block` on, in place of all that was to come; the film keeps its
-    length in latents.
+    length in latents, an endless one about as many as it was planned to have.
 
     A border that was to be a cut stays one: what a block across it would see has not been kept. Raises `RequestError` for a
     timeline that has become too large.
@@ -113,9 +113,14 @@ def steered(settings: Settings, plan: BlockPlan, block: int, shot: Shot) -> Sett
             shots.append(old.model_copy(update={"latents_num": min(old.latents_num, border - end)}))
         end += old.latents_num
     how = "cut" if block in plan.cuts else shot.transition
-    new = shot.model_copy(update={"latents_num": settings.latents_num - border, "transition": how})
+    length = settings.latents_num - border
+    if settings.is_endless:  # whole blocks, so that it can be made longer
+        begins = settings.num_cat if how == "cut" else 0
+        head = begins if block else plan.num_shown or (0 if plan.ghost else settings.num_cat)
+        length = head + max(1, (length - head) // settings.num_per_block) * settings.num_per_block
+    new = shot.model_copy(update={"latents_num": length, "transition": how})
     prompt = settings.prompt if settings.shots else ""
-    return Settings(**{**dict(settings), "prompt": prompt, "shots": (*shots, new)})
+    return Settings(**{**dict(settings), "latents_num": border + length, "prompt": prompt, "shots": (*shots, new)})
 
 
 # What blocks listen to

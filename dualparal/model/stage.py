@@ -177,7 +177,9 @@ class Stage:
         self._forget_texts()
         self._take_up(shape, schedule, conditions)
         for block, half in list(self._tails):
-            if schedule.plan.begins_scene(block + 1):  # the right neighbour that they were kept for does not come
+            if block + 1 == schedule.plan.num_blocks or schedule.plan.begins_scene(
+                block + 1
+            ):  # the right neighbour that they were kept for does not come
                 del self._tails[block, half]
 
     def _take_up(self, shape: JobShape, schedule: Schedule, conditions: Sequence[Conditions]) -> None:

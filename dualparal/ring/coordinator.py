@@ -26,6 +26,7 @@ from dualparal.messages import (
     CloseVideo,
     DecodeBlock,
     Denoised,
+    Finish,
     JobError,
     JobSpec,
     OpenVideo,
@@ -38,7 +39,7 @@ from dualparal.messages import (
     WorkerOptions,
 )
 from dualparal.method.borders import rest_border
-from dualparal.method.noise import Ghost, coordinated_noise
+from dualparal.method.noise import CoordinatedNoise, Ghost
 from dualparal.method.plan import BlockPlan
 from dualparal.method.rules import plan_of, rules_of
 from dualparal.method.sampler import SamplerFactory
@@ -128,7 +129,7 @@ class Coordinator:
             # One that comes too late is not for the next run of that job.
             if message.job_id in (self._running, *(run.job_id for run in self._waiting if isinstance(run, RunJob))):
                 self._cancelled.add(message.job_id)
-        elif isinstance(message, Steer):
+        elif isinstance(message, Steer | Finish):
             if self._steering is not None and message.job_id == self._running:
                 self._steering.ask(message)
             else:
@@ -229,7 +230,9 @@ class Coordinator:
                 self._to_codec.put(TurnVideo(job))
                 progress.follow(schedule, at)
                 trips = TextTrips(spec.shape, schedule, spec.conditions)
-                denoiser.turn(schedule, self._noise(job, plan, height, width), trips)
+                assert isinstance(noise, CoordinatedNoise)  # a job with given noise is not turned
+                noise.follow(plan)
+                denoiser.turn(schedule, trips)
                 finished = denoiser.run()
         except NotFinite:
             self._stage.end()
@@ -270,7 +273,7 @@ class Coordinator:
         if max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks)) > self._stage.max_frames:
             raise RequestError(f"num_per_block is too large: the model takes {self._stage.max_frames} latents at once",
                                "num_per_block")  # fmt: skip
-        return coordinated_noise(
+        return CoordinatedNoise(
             plan, job.request.num_per_block, job.request.seed, channels=channels, height=height, width=width
         )
 

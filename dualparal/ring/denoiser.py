@@ -98,12 +98,10 @@ class Denoiser:
         tails, heads = ({key: x.to(self._device) for key, x in ends.items()} for ends in (state.tails, state.heads))
         self._ends.follow(self._schedule, tails, heads)
 
-    def turn(self, schedule: Schedule, noise: Iterator[torch.Tensor], trips: TextTrips) -> None:
-        """Go on where `run` turned, by another schedule, which agrees with the present one so far; all else as in the
-        constructor."""
-        self._schedule, self._noise, self._trips = schedule, noise, trips
-        for _ in self._version:  # replayed, as after a kill
-            next(noise)
+    def turn(self, schedule: Schedule, trips: TextTrips) -> None:
+        """Go on where `run` turned, by another schedule, which agrees with the present one so far, as the noise does from here
+        on; all else as in the constructor."""
+        self._schedule, self._trips = schedule, trips
         self._ends.follow(schedule, self._ends.tails, self._ends.heads)
         self._border_after = {border.last.index: border for border in borders(schedule)}
         self.is_turning = False

@@ -1,5 +1,5 @@
-"""The API that "Use via API" shows and `gradio_client` calls: /generate /submit /status /cancel /resume /steer /delete /result
-/look /presets.
+"""The API that "Use via API" shows and `gradio_client` calls: /generate /submit /status /cancel /resume /steer /finish /delete
+/result /look /presets.
 
 Values arrive unchecked on purpose: `GenerationRequest` is the one place that checks them, and its sentence is what the caller
 gets. The parameters of /generate and /submit are made from its fields, so they cannot drift apart.
@@ -70,7 +70,7 @@ class Calls:
         """Endpoint name → function."""
         return {
             "generate": _takes_request(self.generate), "submit": _takes_request(self.submit), "status": self.status,
-            "cancel": self.cancel, "resume": self.resume, "steer": self.steer,
+            "cancel": self.cancel, "resume": self.resume, "steer": self.steer, "finish": self.finish,
             "delete": self.delete, "result": self.result, "look": self.look, "presets": self.presets,
         }  # fmt: skip
 
@@ -133,6 +133,13 @@ class Calls:
             "from_s": told.from_s,
             "notice": told.notice,
         }
+
+    def finish(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
+        """Wrap up a running film that was submitted with `is_endless`: the blocks under way are completed, and the film ends
+        there. Answers with the job's status, whose `num_frames` are now those of the whole film."""
+        name = self._owner(owner, http)
+        self.studio.finish(job_id, name)
+        return self._status(self.studio.find(job_id, name))
 
     def delete(self, http: gr.Request, job_id: str, owner: str | None = None) -> dict:
         """Remove a job that has ended, with its video. The operator's key, as `owner`, stops and removes anybody's."""

@@ -47,6 +47,7 @@ class Estimate:
     refusal: str | None = None
     chosen: str = ""
     idle: str = ""
+    is_endless: bool = False
 
 
 class _Costs(NamedTuple):
@@ -84,6 +85,7 @@ class Estimator:
             num_items=num_blocks * request.num_inference_steps, time_s=self.time_s(request), wait_s=wait_s,
             bytes_per_rank=plan.bytes_per_rank, refusal=plan.refusal, chosen=request.chosen,
             idle=idle_ranks(request, self._engine.ranks),
+            is_endless=request.is_endless,
         )  # fmt: skip
 
     def time_s(self, request: Settings) -> float | None:

@@ -22,11 +22,13 @@ from dualparal.ui.uploads import PICTURES, uploaded
 
 HERE = Path(__file__).parent
 NAMES = (
-    "prompt", "negative_prompt", "preset", "seconds", "seed", "pace", "num_inference_steps", "guidance_scale",
+    "prompt", "negative_prompt", "preset", "seconds", "is_endless", "seed", "pace", "num_inference_steps", "guidance_scale",
     "guidance_scale_2", "guidance_start", "guidance_stop", "flow_shift", "boundary_ratio", "solver", "num_per_block", "num_cat",
     "context", "width", "height", "start_image", "loras", "continue_from", "join", "stored",
 )  # fmt: skip
 LENGTH_INFO = "More seconds take more time, hardly more memory."
+ENDLESS = "Endless"
+ENDLESS_INFO = "Goes on until you press “Finish the film”; steer it on the way."
 CHOICES = {"context": (AUTO, *CONTEXTS), "solver": SOLVERS}
 TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
 EMPTY = {"prompt": "", "negative_prompt": None}  # what an empty box asks for
@@ -79,6 +81,7 @@ def build(studio: Studio) -> Form:
         info=preset.hardware or None, elem_id="preset",
     )  # fmt: skip
     parts["seconds"] = Slider(**at["seconds"], label="Length in seconds", info=LENGTH_INFO, elem_id="seconds")
+    parts["is_endless"] = gr.Checkbox(False, label=ENDLESS, info=ENDLESS_INFO, elem_id="endless")
     parts["pace"] = Slider(
         pace.SMOOTHEST, pace.SOONEST, pace.of_preset(preset), step=1, label=pace.LABEL, info=pace.INFO, elem_id="pace"
     )
@@ -177,6 +180,7 @@ def defaults(preset: Preset) -> dict[str, Any]:
     """What a form that nobody has touched shows for a preset, by name."""
     shown: dict[str, Any] = {name: found["value"] for name, found in ranges(preset).items()}
     shown |= {name: getattr(preset, name) for name in (*CHOICES, "width", "height")}
+    shown |= {"loras": list(preset.loras), "is_endless": False, "continue_from": "", "join": True}
     return {"prompt": "", "negative_prompt": "", "seed": "", "preset": preset.name, "pace": pace.of_preset(preset), **shown}
 
 
@@ -201,6 +205,12 @@ def read(studio: Studio, values: Sequence[Any]) -> Settings:
     if empty := next((name for name, value in changed.items() if value is None and name in ADVANCED), None):
         raise RequestError(f"{ADVANCED[empty][0]} is empty; give a number", empty)
     if "prompt" in changed and asked.pop("shots", None) is not None:
+        changed["seconds"] = found["seconds"]
+    is_endless = found["is_endless"]
+    if is_endless:
+        asked.pop("latents_num", None)
+        changed.pop("seconds", None)
+    elif asked.pop("is_endless", None) and not asked.get("shots"):
         changed["seconds"] = found["seconds"]
     if "shots" in asked or split_timeline(found["prompt"] or "")[1]:  # they say how long it is
         asked.pop("latents_num", None)

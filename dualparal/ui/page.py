@@ -161,7 +161,7 @@ class Page:
     def _then_follow(self, event: Any, is_new: bool = True) -> None:
         """After `event` has set the job's id: follow it to its end, then show it in the gallery if it `is_new` there."""
         outputs = [self.video, self.board, self.result, self.stop, self.another, self.idle]
-        outputs += [self.steering.row, self.steering.told]
+        outputs += self.steering.shown
         followed = event.success(
             self._follow, [self.browser, self.job_id], outputs, concurrency_limit=None, trigger_mode="multiple", **QUIET
         )

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from dualparal.events import Failed, Steered
+from dualparal.events import Failed, Steered, WrappedUp
 from dualparal.files import is_file
 from dualparal.jobs.notes import read_notes
 from dualparal.ui import charts, timeline
@@ -49,7 +49,9 @@ def estimate_line(estimate: Estimate) -> str:
     """Frames, blocks, time and memory of the chosen settings, before Generate."""
     facts = [f"<b>{estimate.num_frames}</b> frames", f"<b>{estimate.seconds:.1f}</b> s"]
     facts.append(f"<b>{estimate.num_blocks}</b> block{'s' * (estimate.num_blocks != 1)}")
-    if estimate.time_s is None:
+    if estimate.is_endless:
+        facts = ["<b>endless</b>", "until it is finished or stopped"]
+    elif estimate.time_s is None:
         facts.append("time known after the first video")
     else:
         facts.append(f"about <b>{duration(estimate.time_s)}</b> to make")
@@ -67,6 +69,12 @@ def steered(told: Steered) -> str:
     """Below the board, once a new prompt has been taken."""
     notice = f" ({safe(told.notice)})" if told.notice else ""
     return f'<p role="status">From {told.from_s:.1f} s on: “{safe(short(told.prompt, 120))}”{notice}</p>'
+
+
+def wrapped_up(told: WrappedUp, fps: int) -> str:
+    """Below the board, once an endless film has an end."""
+    blocks = f"{told.num_blocks} block{'s' * (told.num_blocks != 1)}"
+    return f'<p role="status">The film will have {told.num_frames / fps:.1f} s: {blocks}, of which the last are under way</p>'
 
 
 def estimate_problem(message: str) -> str:
@@ -88,6 +96,8 @@ def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
         progress = found.progress
         if progress is None:
             return "Preparing", "reading the prompt"
+        if found.request.is_endless:
+            return "Denoising", f"{length(found.num_frames, found.request.fps)} ready, without an end"
         share = progress.items_done / max(1, progress.num_items)
         if progress.items_done >= progress.num_items:
             return "Decoding", f"{len(found.blocks)} of {len(progress.block_steps)} blocks ready"

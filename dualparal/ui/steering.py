@@ -40,6 +40,7 @@ class SteeringField:
                 TRANSITIONS, show_label=False, elem_id="steer-how", scale=1, min_width=100, container=False,
             )  # fmt: skip
             self._go = gr.Button("From here on", elem_id="steer-go", scale=1, min_width=120)
+            self._finish = gr.Button("Finish the film", elem_id="steer-finish", scale=1, min_width=120, visible=False)
         self.told = gr.HTML(apply_default_css=False, elem_id="steered")
 
     def wire(self, browser: Any, job_id: Any) -> None:
@@ -48,6 +49,22 @@ class SteeringField:
             [self._go.click, self._text.submit], self.from_here_on,
             [browser, job_id, self._text, self._how], [self._text, self.told], concurrency_limit=8, **QUIET,
         )  # fmt: skip
+
+        self._finish.click(self.wrap_up, [browser, job_id], self.told, concurrency_limit=8, **QUIET)
+
+    @property
+    def shown(self) -> list[Any]:
+        """The row, what is said below it, and the button that only an endless film has."""
+        return [self.row, self.told, self._finish]
+
+    def wrap_up(self, token: str, job_id: str, request: gr.Request) -> str:
+        """What is said once an endless film has an end."""
+        try:
+            told = self._studio.finish(job_id, self._owner_of(token, request))
+            found = self._studio.find(job_id, self._owner_of(token, request))
+        except DualParalError as error:
+            raise one_sentence(error) from None
+        return panels.wrapped_up(told, found.request.fps)
 
     def from_here_on(self, token: str, job_id: str, text: str, how: str, request: gr.Request) -> tuple[str, str]:
         """What then stands in the field, and what is said below it."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualparal.engine.takes import check_one
 from dualparal.errors import DualParalError, OutputError, RequestError
-from dualparal.events import Steered
+from dualparal.events import Steered, WrappedUp
 from dualparal.jobs.bin import Bin
 from dualparal.jobs.claim import delete_job
 from dualparal.jobs.folder import JobFolder, check_job_id, find_job, list_jobs
@@ -216,6 +216,17 @@ class Studio:
             return job.steer(shot.prompt, shot.transition, timeout=STEER_S)
         except TimeoutError as error:
             raise RequestError(str(error), "prompt") from None
+
+    def finish(self, job_id: object, owner: str = "") -> WrappedUp:
+        """Let an endless film end with the blocks that have entered; waits until it is known how long it will be."""
+        found = self.find(job_id, owner)
+        job = self.engine.job(found.job_id)
+        if job is None or found.is_ended:
+            raise RequestError(f"job {found.job_id} is {found.state}; only a running film is wrapped up", "job_id")
+        try:
+            return job.finish(timeout=STEER_S)
+        except TimeoutError as error:
+            raise RequestError(str(error), "job_id") from None
 
     def try_another(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:
         """Stop a job and queue the same with a newly drawn seed."""

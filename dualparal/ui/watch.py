@@ -15,8 +15,8 @@ from dualparal.ui.studio import Studio
 LOOK_EVERY_S = 0.2
 TELL_EVERY_S = 0.9
 
-# (video, board, result, stop buttons, idle panel, steering, what it said); gr.skip() leaves a part as it is
-Update = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
+# (video, board, result, stop buttons, idle panel, steering, what it said, its end); gr.skip() leaves a part as it is
+Update = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any]
 
 
 async def watch(studio: Studio, job_id: str, owner: str, root: str, is_current: Callable[[], bool]) -> AsyncIterator[Update]:
@@ -32,7 +32,7 @@ async def watch(studio: Studio, job_id: str, owner: str, root: str, is_current: 
     another = gr.update(visible=True, value="Stop, try another seed")
     steering = gr.update(visible=not found.is_baseline)
     board = await asyncio.to_thread(panels.board, found, studio, root)
-    yield gr.update(value=None), board, "", stop, another, _hidden(), steering, ""
+    yield gr.update(value=None), board, "", stop, another, _hidden(), steering, "", gr.update(visible=found.request.is_endless)
     played, shown, waited_s = 0, "", 0.0
     with throttle.follower() as pause_s:
         while is_current():
@@ -66,11 +66,21 @@ async def look(studio: Studio, job_id: str, owner: str) -> Snapshot:
 def _ended(found: Snapshot, studio: Studio, root: str) -> Update:
     video = str(found.video) if found.video else None
     result = panels.result(found, root, studio.can_resume(found), studio.can_compare(found))
-    return gr.update(value=video), panels.board(found, studio, root), result, _hidden(), _hidden(), _hidden(), _hidden(), ""
+    return (
+        gr.update(value=video),
+        panels.board(found, studio, root),
+        result,
+        _hidden(),
+        _hidden(),
+        _hidden(),
+        _hidden(),
+        "",
+        _hidden(),
+    )
 
 
-def _same() -> tuple[Any, Any, Any, Any, Any, Any]:
-    return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+def _same() -> tuple[Any, Any, Any, Any, Any, Any, Any]:
+    return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
 
 def _hidden() -> Any:

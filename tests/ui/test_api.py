@@ -114,7 +114,7 @@ def test_presets_lists_the_usable_one_first(server: Server) -> None:
 
 def test_every_parameter_is_documented(server: Server) -> None:
     api = server.client.view_api(return_format="dict", print_info=False)
-    names = {"generate", "submit", "status", "cancel", "resume", "steer", "delete", "result", "look", "presets"}
+    names = {"generate", "submit", "status", "cancel", "resume", "steer", "finish", "delete", "result", "look", "presets"}
     assert set(api["named_endpoints"]) == {f"/{name}" for name in names}
     fields = set(GenerationRequest.model_fields) | {"preset", "owner"}
     for name in ("/generate", "/submit"):

@@ -13,7 +13,7 @@ from dualparal import RequestError, Steered
 from dualparal.jobs.folder import JobFolder
 from dualparal.method.timeline import written
 from dualparal.request import GenerationRequest
-from dualparal.ui import panels, timeline
+from dualparal.ui import form, panels, timeline
 from dualparal.ui.api import Calls
 from dualparal.ui.page import Page
 from dualparal.ui.studio import Studio
@@ -111,3 +111,45 @@ def test_cut_off_before_it_was_taken(studio: Studio, group_log: GroupLog) -> Non
         job.steer("a red kite", timeout=0.1)
     group_log.groups[-1].kill()
     assert wait_until(lambda: job.has_ended, 30)
+
+
+def endless(studio: Studio) -> str:
+    token = studio.owner_of(OWNER)
+    wanted = {name: value for name, value in FILM.items() if name != "seconds"} | {"is_endless": True}
+    job_id = studio.submit(GenerationRequest(**wanted), owner=token).job_id
+    assert wait_until(lambda: len(studio.find(job_id, token).blocks) == 2, 30)
+    return job_id
+
+
+def test_an_endless_film_is_finished_over_the_api(studio: Studio, group_log: GroupLog) -> None:
+    calls, job_id = Calls(studio), endless(studio)
+    assert calls.status(HTTP, job_id, OWNER)["message"].endswith("ready, without an end")
+    with pytest.raises(RequestError, match=f"there is no job {job_id} here"):
+        calls.finish(HTTP, job_id, "somebody else's secret")
+    group_log.let_go.set()
+    assert wait_until(lambda: len(studio.find(job_id, studio.owner_of(OWNER)).blocks) > 40, 60)
+    told = calls.finish(HTTP, job_id, OWNER)
+    job = studio.engine.job(job_id)
+    assert job is not None and job.result(30).num_frames == told["num_frames"] == job.request.num_frames
+    with pytest.raises(RequestError, match="is finished; only a running film is wrapped up"):
+        calls.finish(HTTP, job_id, OWNER)
+
+
+def test_an_endless_film_is_finished_on_the_page(studio: Studio, group_log: GroupLog) -> None:
+    page, job_id = Page(studio), endless(studio)
+    group_log.let_go.set()
+    told = page.steering.wrap_up(OWNER, job_id, HTTP)
+    assert told.startswith('<p role="status">The film will have ')
+    job = studio.engine.job(job_id)
+    assert job is not None
+    job.result(30)
+
+
+def test_the_form_asks_for_an_endless_film(studio: Studio) -> None:
+    wanted = studio.resolve(GenerationRequest(prompt="a kite", is_endless=True, seed=3))
+    shown = dict(zip(form.NAMES, form.fill(studio, wanted.as_request()), strict=True))
+    values = {name: update["value"] for name, update in shown.items()}
+    assert values["is_endless"] and form.read(studio, list(values.values())) == wanted
+    ended = form.read(studio, list((values | {"is_endless": False, "seconds": 2}).values()))
+    assert not ended.is_endless and ended.num_frames == 33
+    assert "endless" in panels.estimate_line(studio.estimate(wanted))

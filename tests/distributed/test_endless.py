@@ -1,0 +1,113 @@
+"""Endless films by the real engine: wrapped up whenever it is asked for, the film is the one that was submitted with the length
+that came of it (METHOD.md, invariant 8)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualparal import Engine, GenerationRequest, RequestError, WorkerDied, WrappedUp
+from dualparal.jobs.folder import JobFolder
+from dualparal.jobs.job import Job
+from dualparal.media.metadata import read_settings
+from dualparal.method.endless import BLOCKS_AHEAD
+from dualparal.method.rules import plan_of
+from tests.conftest import wait_until
+from tests.distributed.hooks import IS_SLOW
+from tests.distributed.test_resume import saved_item
+from tests.distributed.test_steering import WAIT_S, check_same, open_engine, steps_done
+
+PREVIEW: dict[str, Any] = {"schedule": "preview", "context": "cached", "refresh": 3, "max_in_flight": 3}
+ENDLESS = GenerationRequest(prompt="a cat sits", is_endless=True, seed=7, **PREVIEW)
+SHOTS = GenerationRequest(
+    prompt="a cat\n[2s] sits\n[2s cut] runs", is_endless=True, schedule="paper", context="recomputed", seed=3,
+    num_inference_steps=IS_SLOW,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with open_engine(tiny, tmp_path_factory.mktemp("outputs")) as engine:
+        yield engine
+
+
+def num_ready(job: Job) -> int:
+    return len(job.view().blocks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_longer_than_planned_steered_and_wrapped_up(ranks: int, tiny: Path, tmp_path: Path, plain: Engine) -> None:
+    with open_engine(tiny, tmp_path, ranks=ranks) as engine:
+        job = engine.submit(ENDLESS, return_latents=True)
+        assert wait_until(lambda: num_ready(job) > 2, WAIT_S)
+        job.steer("a dog runs", "blend")
+        assert wait_until(lambda: num_ready(job) > BLOCKS_AHEAD + 4, WAIT_S)
+        told = job.finish()
+        result = job.result(WAIT_S)
+    assert not job.request.is_endless and job.request.shots is not None and job.request.shots[-1].prompt == "a dog runs"
+    assert told.num_frames == result.num_frames and told.num_blocks == plan_of(job.request).num_blocks == num_ready(job)
+    assert [event for event in job.folder.events() if isinstance(event, WrappedUp)] == [told]
+    assert read_settings(result.path) == job.request.as_request() and JobFolder(job.folder.path).request() == job.request
+    check_same(plain, job.request, result)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_shots_and_an_early_end(ranks: int, tiny: Path, tmp_path: Path, plain: Engine) -> None:
+    with open_engine(tiny, tmp_path, ranks=ranks, worker_hook="tests.distributed.hooks:faults") as engine:
+        job = engine.submit(SHOTS, return_latents=True)
+        assert wait_until(lambda: steps_done(job) > 3, WAIT_S)
+        job.finish()
+        with pytest.raises(RequestError, match="only an endless one is wrapped up"):
+            job.finish()
+        result = job.result(WAIT_S)
+    check_same(plain, job.request, result)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_killed(is_finished: bool, tiny: Path, tmp_path: Path, plain: Engine) -> None:
+    with open_engine(tiny, tmp_path, ranks=2, worker_hook="tests.distributed.hooks:saves_often") as engine:
+        job = engine.submit(ENDLESS.model_copy(update={"num_inference_steps": IS_SLOW}))
+        assert wait_until(lambda: saved_item(job.folder) > 5, WAIT_S), "no sweep was saved"
+        if is_finished:
+            job.finish()
+        os.kill(int(engine.workers["rank 1"]["pid"]), signal.SIGKILL)
+        with pytest.raises(WorkerDied):
+            job.result(WAIT_S)
+    with open_engine(tiny, tmp_path, ranks=3) as engine:
+        resumed = engine.resume(job.id, return_latents=True)
+        if not is_finished:
+            assert wait_until(lambda: num_ready(resumed) > 3, WAIT_S)
+            resumed.finish()
+        result = resumed.result(WAIT_S)
+    check_same(plain, resumed.request, result)
+
+
+def test_the_disk_quota_ends_it_with_a_finished_film(tiny: Path, tmp_path: Path) -> None:
+    with open_engine(tiny, tmp_path, max_disk_bytes=3_000_000) as engine:
+        job = engine.submit(ENDLESS)
+        result = job.result(WAIT_S)
+    assert result.num_frames == job.request.num_frames > 0 and not job.request.is_endless
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 3_000_000
+
+
+def test_stopped_and_what_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with open_engine(tiny, tmp_path, worker_hook="tests.distributed.hooks:faults") as engine:
+        with pytest.raises(RequestError, match="the tensors given are those of a film with an end"):
+            engine.submit(ENDLESS, prompt_embeds=torch.zeros(1, 4, 32))
+        with pytest.raises(RequestError, match="plain Wan makes no endless film"):
+            engine.compare(ENDLESS)
+        job = engine.submit(ENDLESS.model_copy(update={"num_inference_steps": IS_SLOW}))
+        waiting = engine.submit(ENDLESS)
+        with pytest.raises(RequestError, match="is queued; only a running film is wrapped up"):
+            waiting.finish()
+        assert wait_until(lambda: num_ready(job) > 0, WAIT_S)
+        for one in (waiting, job):
+            one.cancel()
+            assert wait_until(lambda: one.has_ended, WAIT_S)  # noqa: B023
+        assert job.state == "cancelled" and job.folder.video.is_file()
