@@ -18,6 +18,8 @@ def submit_takes(settings: Settings, takes: int, submit: Submit) -> list[Job]:
     """See `Engine.submit_takes`; `submit` queues one take under a job id."""
     if not 2 <= takes <= MAX_TAKES:
         raise RequestError(f"takes={takes} is not between 2 and {MAX_TAKES}", "takes")
+    if settings.is_endless:
+        raise RequestError("an endless film has no takes; give it a length, or leave takes out", "takes")
     jobs: list[Job] = []
     ids = [new_job_id() for _ in range(takes)]
     try:

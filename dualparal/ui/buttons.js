@@ -1,6 +1,6 @@
 // Runs once for each component with buttons of ours: they carry data-do and data-id, and each kind becomes an event of that
 // component. A gallery's posters play while one hovers over them; names are edited in place.
-const KINDS = ['show', 'halt', 'turn', 'reuse', 'remove', 'undo', 'resume', 'compare', 'star', 'again', 'carry', 'extend', 'frames', 'plain'];
+const KINDS = ['show', 'halt', 'turn', 'reuse', 'remove', 'undo', 'resume', 'compare', 'star', 'again', 'carry', 'extend', 'frames', 'plain', 'all'];
 const video = () => document.querySelector('#video video');
 
 const saveFrame = (button) => {

@@ -16,7 +16,7 @@ document.addEventListener('keydown', (event) => {
   document.querySelector('#generate')?.click();
 }, true);
 // Names for what Gradio leaves without one, and the key that Generate goes by where there is a keyboard.
-const NAMES = {'#dice': 'Draw a seed', '#restore input': 'A video made here, to restore its settings', '#start-image input': 'A picture to begin with',
+const NAMES = {'#takes input': 'How many takes', '#search :is(input, textarea)': 'Search your videos', '#filter input': 'Which videos are shown', '#dice': 'Draw a seed', '#restore input': 'A video made here, to restore its settings', '#start-image input': 'A picture to begin with',
   '#steer-text :is(input, textarea)': 'Another prompt, from here on', '#steer-how input': 'How the new shot begins'};
 const nameThem = () => {
   for (const [selector, name] of Object.entries(NAMES))

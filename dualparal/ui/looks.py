@@ -15,12 +15,19 @@ def waits(found: Snapshot) -> str:
     return "Waiting for its turn" if found.state == "queued" else "The first rough pictures come with the first steps"
 
 
+def pictures(found: Snapshot, root: str) -> dict[int, str]:
+    """By block, the address of its look, which changes with the look."""
+    return {block: url for block, (url, _) in _looks(found, root).items()}
+
+
 def cells(found: Snapshot, root: str) -> dict[int, str]:
-    """By block, the attributes that tell the page's script of its look. The address changes with the look; those of an earlier
-    run are on disk only, and their steps are not known."""
+    """By block, the attributes that tell the page's script of its look."""
+    return {block: f' data-look="{safe(url)}" data-step="{step}"' for block, (url, step) in _looks(found, root).items()}
+
+
+def _looks(found: Snapshot, root: str) -> dict[int, tuple[str, int]]:
+    """By block, the look's address and step. Those of an earlier run are on disk only, and their steps are not known."""
     where = f"{root}gradio_api/file={quote(str(found.folder.look))}"
     on_disk = (int(path.stem) for path in found.folder.look.glob("[0-9]*.jpg") if path.stem.isdecimal())
     steps = {**dict.fromkeys(on_disk, 0), **{block: look.step for block, look in found.looks.items()}}
-    return {
-        block: f' data-look="{safe(f"{where}/{block:04d}.jpg?{step}")}" data-step="{step}"' for block, step in steps.items()
-    }
+    return {block: (f"{where}/{block:04d}.jpg?{step}", step) for block, step in steps.items()}

@@ -21,6 +21,7 @@ from dualparal.ui.live_video import LiveVideo
 from dualparal.ui.shelf import BUTTONS_JS, CARRIED_JS, Shelf
 from dualparal.ui.steering import QUIET, SteeringField, one_sentence
 from dualparal.ui.studio import Studio
+from dualparal.ui.wall import COUNTS, Wall
 from dualparal.ui.watch import watch
 
 HERE = Path(__file__).parent
@@ -44,6 +45,7 @@ class Page:
         self.studio = studio
         self.root = f"{root.rstrip('/')}/" if root else ""
         self.steering = SteeringField(studio, self._owner)
+        self.wall = Wall(studio, self._owner, self.root)
         self.exports = Exports(studio, self._owner, self.root)
         self.shelf = Shelf(studio, self._owner, self.root)
         self._following: dict[str, object] = {}  # session → what it follows now
@@ -76,6 +78,10 @@ class Page:
                 with gr.Column(elem_id="foot"):  # always in view
                     self.estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
                     with gr.Row(elem_id="go"):
+                        self.takes = gr.Dropdown(
+                            [(f"× {count}", count) for count in COUNTS], value=1, show_label=False, container=False,
+                            filterable=False, elem_id="takes", scale=1, min_width=72,
+                        )  # fmt: skip
                         self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
                         self.stop = gr.Button("Stop", variant="stop", elem_id="stop", visible=False, scale=1, min_width=76)
                         self.another = gr.Button(
@@ -100,6 +106,7 @@ class Page:
                     )  # fmt: skip
                     prompts = own.examples[:4] or DEFAULT_EXAMPLES
                     self.examples = [(gr.Button(f"▸ {prompt}", elem_classes="example"), prompt) for prompt in prompts]
+                self.wall.build(BUTTONS_JS)
                 self.board = gr.HTML(apply_default_css=False, elem_id="board", js_on_load=BOARD_JS)
                 self.steering.build()
                 self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
@@ -119,7 +126,8 @@ class Page:
         draft.keep(page, self.form, self.studio.engine.preset.name, **QUIET)
         self._then_follow(self.opened)
         begun = gr.on(
-            [self.generate.click, self.form.prompt.submit], self._start, [browser, *inputs], [self.job_id, self.queue],
+            [self.generate.click, self.form.prompt.submit], self._start_takes, [browser, self.takes, *inputs],
+            [self.job_id, self.queue],
             trigger_mode="multiple", **QUIET,
         )  # fmt: skip
         self._then_follow(begun)
@@ -143,13 +151,17 @@ class Page:
         restored.failure(lambda: None, None, self.restore, **QUIET)  # a wrong file makes room for the right one
         shelf = self.shelf
         self.timer.tick(
-            self._tick_all, [browser, self.job_id, shelf.seen, *shelf.query], [*overview, shelf.seen, *shelf.outputs], **QUIET
+            self._tick_all,
+            [browser, self.job_id, shelf.seen, *shelf.query],
+            [*overview, shelf.seen, *shelf.outputs, self.wall.html],
+            **QUIET,
         )
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
         self.queue.halt(self._stop_this, [browser, self.job_id], overview, **QUIET)
         self._then_follow(self.shelf.html.show(self._watch_this, [browser], self.job_id, **QUIET), is_new=False)
         self._then_follow(self.result.resume(self._resume, [browser], self.job_id, **QUIET))
         self._then_follow(self.result.compare(self._compare, [browser], self.job_id, **QUIET))
+        self.wall.wire(browser, self.job_id, self._then_follow, self._watch_this)
         self.exports.wire(browser, self.result)
         self.shelf.wire(
             browser, self.job_id, [self.video, self.board, self.result, self.idle], self._reuse, inputs, self._then_follow
@@ -192,6 +204,18 @@ class Page:
                 pass
         active = self.studio.active(owner)
         return active[0].job_id if active else ""
+
+    def _start_takes(self, request: gr.Request, token: str, takes: int, *values: Any) -> tuple[str, str]:
+        """`_start`, several times over where that is chosen."""
+        if takes not in COUNTS[1:]:
+            return self._start(request, token, *values)
+        owner = self._owner(token, request)
+        try:
+            wanted = form.read(self.studio, values)
+            found = self.studio.submit_takes(wanted, takes, owner=owner, address=owners.address_of(request))
+        except DualParalError as error:
+            raise one_sentence(error) from None
+        return found[0].job_id, panels.queue(self.studio, owner, found[0].job_id)
 
     def _start(self, request: gr.Request, token: str, *values: Any) -> tuple[str, str]:
         owner = self._owner(token, request)
@@ -267,7 +291,7 @@ class Page:
         owner = self._owner(token, request)
         is_news, now = self.shelf.is_news(seen)
         shown = self.shelf.render(owner, page, search, wanted) if is_news else (gr.skip(), gr.skip())
-        return *self._overview(owner, job_id), now, *shown
+        return *self._overview(owner, job_id), now, *shown, self.wall.render(owner, job_id)
 
     def _newest(self, token: str, job_id: str, page: int, search: str, wanted: str, request: gr.Request) -> tuple[Any, Any]:
         if not job_id:

@@ -60,6 +60,12 @@ def test_several_videos_are_not_one(studio: Studio) -> None:  # noqa: F811
     assert Calls(studio).submit(HTTP, None, None, takes=1, **ASKED)["job_id"]
 
 
+def test_an_endless_film_has_none(studio: Studio) -> None:  # noqa: F811
+    endless = GenerationRequest(prompt="a kite", is_endless=True)
+    with pytest.raises(RequestError, match="endless film has no takes"):
+        studio.submit_takes(endless, 2, owner="me")
+
+
 def test_one_row_and_one_stop(studio: Studio, group_log: GroupLog) -> None:  # noqa: F811
     group_log.item_s = 1.0  # none is at its first look when it is stopped
     takes = studio.submit_takes(GenerationRequest(**ASKED), 4, owner="me")
