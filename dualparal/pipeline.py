@@ -115,6 +115,8 @@ class DualParalPipeline:
                 "attention_kwargs and callback_on_step_end would reach into the model's process; use a job's events",
                 "callback_on_step_end",
             )
+        if (fields.get("takes") or 1) != 1:
+            raise RequestError("takes rest until one is chosen; num_videos_per_prompt makes several whole videos", "takes")
         if max_sequence_length != 512:
             raise RequestError(f"max_sequence_length={shown(max_sequence_length)}: texts are cut at 512 tokens here", "prompt")
         given = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualparal.agreement import LENGTHS
-from dualparal.engine.beginning import with_picture
+from dualparal.engine.beginning import with_beginning
 from dualparal.errors import DualParalError, RequestError
 from dualparal.paths import is_file, why_missing
 from dualparal.prompts import split_timeline
@@ -69,6 +69,8 @@ def checked(engine: Engine, path: Path, defaults: Mapping[str, Any], target: Tar
             if place is not None and (before := targets.setdefault(place, number)) != number:
                 raise RequestError(f"save_file={place} is that of line {before} too; give each its own", "save_file")
             request = GenerationRequest(**_together(defaults, own))
+            if (request.takes or 1) > 1:
+                raise RequestError("takes rest until one is chosen, which no batch does; write a line for each seed", "takes")
             settings = engine.resolve(request)
             if (refusal := engine.plan(settings, is_short=True).refusal) is not None:
                 raise RequestError(refusal)
@@ -109,7 +111,7 @@ def _together(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
 
 def _asked(engine: Engine, request: GenerationRequest, settings: Settings) -> str:
     """What makes this video another than others: a seed that was left out does not, and of a picture what is in it."""
-    picture = with_picture(settings)[0].start_image
+    picture = with_beginning(settings, engine.outputs, engine.checkpoint.latent_sizes)[0].start_image
     values = request.model_dump(exclude_none=True, exclude={"start_image"}) | ({"start_image": picture} if picture else {})
     made_with = {"model": settings.model, "preset": engine.preset.name, "dtype": engine.dtype, "changes": engine.changes()}
     return json.dumps([values, made_with], sort_keys=True, default=str)

@@ -80,11 +80,12 @@ def test_what_is_added_or_moved_is_no_other_video(batch: Command, group_log: Gro
 
 
 def test_all_lines_are_checked_before_the_first_is_begun(batch: Command, group_log: GroupLog) -> None:
-    lines = films("a kite", {"prompt": "x", "height": 33}, {"promt": "x"}, 7, {"prompt": "x", "save_file": 1}, {"prompt": " "})
+    lines = films("a kite", {"prompt": "x", "height": 33}, {"promt": "x"}, 7, {"prompt": "x", "save_file": 1}, {"prompt": " "},
+                  {"prompt": "x", "takes": 2}, {"prompt": "x", "continue_from": "abcdef"})  # fmt: skip
     assert batch(lines + '{"prompt": \n' + "[" * 100_000) == 2
-    for number in (2, 3, 4, 5, 6, 7, 8):
+    for number in range(2, 11):
         assert f"  line {number}: " in batch.err
-    assert "line 1:" not in batch.err and "7 of its lines" in batch.err and "did you mean prompt" in batch.err
+    assert "line 1:" not in batch.err and "9 of its lines" in batch.err and "did you mean prompt" in batch.err
     assert not group_log.groups and not (batch.folder / "outputs").exists()
 
 

@@ -110,7 +110,7 @@ def _ref(name: str) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     asked = GenerationRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    fields = {name: schema for name, schema in asked["properties"].items() if name not in FILES}
+    fields = {name: schema for name, schema in asked["properties"].items() if name not in (*FILES, "takes")}
     own = {
         "model": {**TEXT, "description": "one of /v1/models; the server's own if left out"},
         "preset": {**TEXT, "description": "the same by its other name"},
