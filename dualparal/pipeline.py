@@ -117,6 +117,8 @@ class DualParalPipeline:
             )
         if (fields.get("takes") or 1) != 1:
             raise RequestError("takes rest until one is chosen; num_videos_per_prompt makes several whole videos", "takes")
+        if fields.get("is_endless"):
+            raise RequestError("an endless film has no last frame to wait for; submit it to pipe.engine", "is_endless")
         if max_sequence_length != 512:
             raise RequestError(f"max_sequence_length={shown(max_sequence_length)}: texts are cut at 512 tokens here", "prompt")
         given = {

@@ -79,7 +79,7 @@ def test_a_length_is_rounded_as_in_diffusers(pipe: DualParalPipeline, caplog: py
         ({"prompt": ["x", "y"], "generator": [1]}, "1 entries for 2"), ({"prompt": "x", "generator": "7"}, "neither a seed"),
         ({"prompt": ["x", "y"], "negative_prompt": ["a"]}, "list of 2"), ({"prompt": "x", "max_sequence_length": 226}, "512"),
         ({"prompt": "x", "latents": torch.zeros(1, 4, 99, 4, 4)}, "one tensor"), ({"prompt": "x", "step": 1}, "not a field"),
-        ({"prompt": "x", "takes": 2}, "num_videos_per_prompt"),
+        ({"prompt": "x", "takes": 2}, "num_videos_per_prompt"), ({"prompt": "x", "is_endless": True}, "pipe.engine"),
     ],
 )  # fmt: skip
 def test_refusals(pipe: DualParalPipeline, arguments: dict[str, Any], says: str, group_log: GroupLog) -> None:

@@ -71,6 +71,8 @@ def checked(engine: Engine, path: Path, defaults: Mapping[str, Any], target: Tar
             request = GenerationRequest(**_together(defaults, own))
             if (request.takes or 1) > 1:
                 raise RequestError("takes rest until one is chosen, which no batch does; write a line for each seed", "takes")
+            if request.is_endless:
+                raise RequestError("an endless film would never make room for the next one; leave is_endless out", "is_endless")
             settings = engine.resolve(request)
             if (refusal := engine.plan(settings, is_short=True).refusal) is not None:
                 raise RequestError(refusal)

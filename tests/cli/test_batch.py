@@ -81,11 +81,12 @@ def test_what_is_added_or_moved_is_no_other_video(batch: Command, group_log: Gro
 
 def test_all_lines_are_checked_before_the_first_is_begun(batch: Command, group_log: GroupLog) -> None:
     lines = films("a kite", {"prompt": "x", "height": 33}, {"promt": "x"}, 7, {"prompt": "x", "save_file": 1}, {"prompt": " "},
-                  {"prompt": "x", "takes": 2}, {"prompt": "x", "continue_from": "abcdef"})  # fmt: skip
+                  {"prompt": "x", "takes": 2}, {"prompt": "x", "continue_from": "abcdef"},
+                  {"prompt": "x", "is_endless": True})  # fmt: skip
     assert batch(lines + '{"prompt": \n' + "[" * 100_000) == 2
-    for number in range(2, 11):
+    for number in range(2, 12):
         assert f"  line {number}: " in batch.err
-    assert "line 1:" not in batch.err and "9 of its lines" in batch.err and "did you mean prompt" in batch.err
+    assert "line 1:" not in batch.err and "10 of its lines" in batch.err and "did you mean prompt" in batch.err
     assert not group_log.groups and not (batch.folder / "outputs").exists()
 
 

@@ -69,6 +69,7 @@ class Videos:
         self._access, self._studio = access, access.studio
         self._objects = Objects(access, root)
         self._limiter: CapacityLimiter | None = None
+        self._waiting: CapacityLimiter | None = None  # of those that wait for the next block step, some minutes perhaps
 
     def doors(self) -> list[Door]:
         """All routes."""
@@ -83,6 +84,7 @@ class Videos:
             Door(method="DELETE", path="/videos/{video_id}", call=self.delete, gives="Deleted"),
             Door(method="POST", path="/videos/{video_id}/cancel", call=self.cancel, gives="Video"),
             Door(method="POST", path="/videos/{video_id}/resume", call=self.resume, gives="Video"),
+            Door(method="POST", path="/videos/{video_id}/finish", call=self.finish, gives="Video"),
             Door(method="GET", path="/videos/{video_id}/content", call=self.content, gives="video", query={
                 "variant": "video, thumbnail (JPEG) or look (the rough film so far, animated WebP)",
                 "format": "mp4 or ts; left out: the mp4 if there is one, else the finished blocks as MPEG-TS", **link,
@@ -133,6 +135,14 @@ class Videos:
         found, owner = await self._mine(request), self._access.owner(request)
         made = await self._in_thread(self._studio.resume, found.job_id, owner, address_of(request))
         return JSONResponse(await self._in_thread(self._objects.video, made), headers=POLL_HEADERS)
+
+    async def finish(self, request: Request) -> Response:
+        """Wrap up a running film that was asked for with `is_endless`: blocks under way are completed, and it ends there."""
+        found, owner = await self._mine(request), self._access.owner(request)
+        if self._waiting is None:
+            self._waiting = CapacityLimiter(MAX_THREADS)
+        await to_thread.run_sync(self._studio.finish, found.job_id, owner, limiter=self._waiting)
+        return JSONResponse(await self._in_thread(lambda: self._objects.video(self._find(found.job_id, request))))
 
     async def delete(self, request: Request) -> Response:
         """Remove a video with all its files; one that is queued or runs is stopped first. If that takes longer than half a

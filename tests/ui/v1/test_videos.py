@@ -202,6 +202,23 @@ def test_delete_stops_what_runs_and_cancel_keeps_it(slow: Server) -> None:
         assert client.get(f"/videos/{gone}").status_code == 404
 
 
+def test_an_endless_film_is_wrapped_up(slow: Server) -> None:
+    with raw(slow) as client:
+        asked_for = {
+            "prompt": "a kite",
+            "is_endless": True,
+            "num_inference_steps": 4,
+            "schedule": "preview",
+            "context": "cached",
+        }
+        video_id = client.post("/videos", json=asked_for).json()["id"]
+        until(client, video_id, lambda found: len(found["blocks"]) >= 2)
+        assert client.post(f"/videos/{video_id}/finish").status_code == 200
+        found = until(client, video_id, lambda found: found["status"] == "completed")
+        assert found["num_frames"] == found["num_frames_ready"] > 0
+        assert client.post(f"/videos/{video_id}/finish").status_code == 400
+
+
 def test_one_that_fails(server: Server) -> None:
     with raw(server) as client:
         video_id = client.post("/videos", json={"prompt": "fail", **SHORT}).json()["id"]
