@@ -156,7 +156,7 @@ def denoise_in_threads(
         on_step=done.append, on_block=lambda b, x: blocks.update({b: x.cpu()}), spans=SpanLog("stage 0", lambda _: None),
         saver=saver, looks=looks, trips=TextTrips(shape, schedule, conditions),
         say=lambda text: stages[0].embed_text(texts[text][0]),
-        ghost=None if ghost is None else Ghost(ghost, seed, samplers.sigmas),
+        ghost=None if ghost is None else Ghost(ghost, seed, samplers.sigmas, is_clean=stages[0].has_token_times),
     )  # fmt: skip
     if resume is not None:
         denoiser.restore(resume)

@@ -58,13 +58,15 @@ class Twin:
         refresh: int = 0,
         scenes: Sequence[Sequence[int]] | None = None,
         ghost: Tensor | None = None,
+        is_ghost_clean: bool = False,
     ) -> dict[int, Tensor]:
         """Final latents of each block. `texts[i]` is [conditional] or [conditional, unconditional] embeddings.
 
         `step_cache`: interval, order, number of first steps computed in every mode, step from which on all are (the last is).
         `refresh`: after so many sweeps in which nothing is skipped, the next such one in which no block with more steps to come
         has lost its left neighbour recomputes all left context; the first such one at all after `steps` more. `scenes`: the
-        latents of each scene's shots. `ghost`: latents before the first block, which is then no longer than others.
+        latents of each scene's shots. `ghost`: latents before the first block, which is then no longer than others; a clean
+        one is at timestep 0.
         """
         lengths, cuts = block_lengths(latents_num, num_per_block, num_cat), [0]
         if scenes is not None:
@@ -133,6 +135,7 @@ class Twin:
                 if block == 0 and ghost is not None:
                     sigma = float(schedulers[block].sigmas[done[block]])
                     left = (1 - sigma) * ghost + sigma * ghost_noise(seed, done[block], ghost.shape)
+                    left = ghost if is_ghost_clean else left
                 right, has_cache = None, False
                 if num_cat > 0 and block + 1 in in_flight and block + 1 not in cuts:
                     if ran_on.get(block + 1) == mode:
@@ -149,6 +152,7 @@ class Twin:
                             expert, torch.cat(pieces, dim=2), t, embedding, memory, block=block, half=half,
                             num_left=num_left, num_own=lengths[block], num_cat=num_cat, has_cache=has_cache,
                             last_pass=last_pass, left_pass=left_pass, mode=mode,
+                            num_clean=num_left if block == 0 and is_ghost_clean else 0,
                         )
                     )  # fmt: skip
                 prediction = outputs[0]
@@ -177,7 +181,7 @@ class Twin:
     def _forward(
         self, expert: int, window: Tensor, t: Tensor, embedding: Tensor, memory: dict[Any, tuple[Tensor, Tensor]],
         *, block: int, half: int, num_left: int, num_own: int, num_cat: int, has_cache: bool,
-        last_pass: dict[Any, tuple[Any, Tensor, Tensor]], left_pass: int | None, mode: Any,
+        last_pass: dict[Any, tuple[Any, Tensor, Tensor]], left_pass: int | None, mode: Any, num_clean: int,
     ) -> Tensor:  # fmt: skip
         """One pass of one guidance half through all layers; returns the own frames' part of the output."""
         model = self.experts[expert]
@@ -187,10 +191,12 @@ class Twin:
         per_frame = rows * columns
         x = model.patch_embedding(window).flatten(2).transpose(1, 2)  # frame-major tokens
         temb, projected, text, _ = model.condition_embedder(t.reshape(1), embedding, None)
-        modulation = projected.reshape(1, 6, -1)
+        of_clean = model.condition_embedder(torch.zeros(1), embedding, None)[1].reshape(6, -1)
+        modulation = torch.stack(  # of each token, [6, n, D]
+            [of_clean if token < num_clean * per_frame else projected.reshape(6, -1) for token in range(x.shape[1])], dim=1
+        )
         for number, layer in enumerate(model.blocks):
-            six = layer.scale_shift_table + modulation
-            shift1, scale1, gate1, shift2, scale2, gate2 = (six[:, i : i + 1] for i in range(6))
+            shift1, scale1, gate1, shift2, scale2, gate2 = layer.scale_shift_table[0][:, None] + modulation
 
             y = layer.norm1(x) * (1 + scale1) + shift1
             query, key, value = layer.attn1.to_q(y), layer.attn1.to_k(y), layer.attn1.to_v(y)

@@ -56,14 +56,17 @@ coordinated_noise = CoordinatedNoise
 
 class Ghost:
     """What block 0 sees of latents that are never denoised (METHOD.md, "Continuing"): at each of its steps as noisy as itself,
-    with noise of that step's own. On the CPU in float32, so that halves, experts and ranks agree, and resume repeats it."""
+    with noise of that step's own, or clean, for a model that knows clean latents beside noise. On the CPU in float32, so that
+    halves, experts and ranks agree, and resume repeats it."""
 
-    def __init__(self, latents: torch.Tensor, seed: int, sigmas: Sequence[float]) -> None:
+    def __init__(self, latents: torch.Tensor, seed: int, sigmas: Sequence[float], *, is_clean: bool = False) -> None:
         """`latents` [1, C, F, h, w] normalised; `sigmas[s]` is the noise level of step s."""
-        self._latents, self._seed, self._sigmas = latents.float().cpu(), seed, sigmas
+        self._latents, self._seed, self._sigmas, self._is_clean = latents.float().cpu(), seed, sigmas, is_clean
 
     def seen_at(self, step: int) -> torch.Tensor:
-        """(1 - sigma) * latents + sigma * noise."""
+        """(1 - sigma) * latents + sigma * noise; the latents themselves when they are clean."""
+        if self._is_clean:
+            return self._latents
         digest = hashlib.sha256(f"{self._seed} ghost {step}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         noise = torch.randn(self._latents.shape, generator=generator, dtype=torch.float32)

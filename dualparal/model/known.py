@@ -22,6 +22,7 @@ def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
         text_parameters=_count(checkpoint, "text_encoder"),
         text_float32_parameters=umt5_float32_parameters(checkpoint.config("text_encoder")),
         vae=_vae_sizes(checkpoint),
+        has_token_times=checkpoint.has_token_times,
     )
 
 

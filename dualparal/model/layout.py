@@ -49,6 +49,11 @@ class Checkpoint:
         """The shift of the noise schedule that the checkpoint asks for itself, None when it does not."""
         return self.config("scheduler").get("flow_shift")
 
+    @property
+    def has_token_times(self) -> bool:
+        """Whether each token has a timestep of its own, so that a picture may be clean beside noise (Wan2.2-TI2V)."""
+        return bool(self.index.get("expand_timesteps"))
+
     def config(self, part: str) -> dict[str, Any]:
         """The config of a part that has one."""
         name = PARTS[part].config

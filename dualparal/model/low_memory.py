@@ -79,7 +79,7 @@ class Layers(nn.Module):
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
     def forward(self, given: Handover, text: TextKey, timestep_proj: torch.Tensor, around: Surroundings) -> torch.Tensor:
-        """The activations `given` through every layer; `timestep_proj` [1, 6, D]."""
+        """The activations `given` through every layer; `timestep_proj` [1, 6, D], or [1, n, 6, D]."""
         hidden = given.take()
         for block, attention in zip(self.blocks, self._attentions, strict=True):
             attention.surroundings = around

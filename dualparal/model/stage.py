@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import WanTransformer3DModel
 
+from dualparal.method.plan import BlockPlan
 from dualparal.method.schedule import Context, Item, Schedule
 from dualparal.method.timeline import TextsAtHand
 from dualparal.model.checkpoint import DTYPES, keeps_float32, load_transformer_share
@@ -25,13 +26,15 @@ from dualparal.model.lora_beside import LorasBeside
 from dualparal.model.lora_source import Lora
 from dualparal.model.low_memory import Handover, Layers, offload_layers
 from dualparal.model.speedups import compile_layers, use_attention
+from dualparal.model.token_times import modulation, with_clean
 
 
 @dataclass(frozen=True)
 class Conditions:
     """What steps and prompts mean to one expert, computed once per job by the first stage's condition embedder.
 
-    `temb` [S, D] for the output head, `timestep_proj` [S, 6, D] for the layers; `texts[i]` is text i as a list of guidance
+    `temb` [S, D] for the output head, `timestep_proj` [S, 6, D] for the layers (S + 1 where tokens have timesteps of their own:
+    the last is 0); `texts[i]` is text i as a list of guidance
     halves, each [1, L, D] (halves may differ in L). Texts numbered after these are heard of later (`Stage.hear`).
     """
 
@@ -98,6 +101,7 @@ class Stage:
         self.patch_size: tuple[int, int, int] = tuple(config.get("patch_size", (1, 2, 2)))
         self.dim = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
         self.channels = int(config["in_channels"])
+        self.has_token_times = checkpoint.has_token_times
         self.max_frames = int(config.get("rope_max_seq_len") or 1024)
         self._texts: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.models]
         self._crosses: list[list[CrossAttention]] = []
@@ -140,6 +144,7 @@ class Stage:
         `timesteps` [S]; `texts[i]` holds the guidance halves of text i, each [1, L, text dim], in any dtype.
         """
         found = []
+        timesteps = with_clean(timesteps) if self.has_token_times else timesteps
         with torch.inference_mode():
             for model in self.models:
                 embedder = model.condition_embedder
@@ -159,6 +164,11 @@ class Stage:
         """Take up a text as `embed_text` made it, until no block in flight listens to it. Its other half is text 0's."""
         for texts, one in zip(self._texts, said.to(self.device).split(1), strict=True):
             texts[text] = [one.clone(), *texts[0][1:]]
+
+    def is_start_clean(self, plan: BlockPlan) -> bool:
+        """Whether block 0 sees what is before it clean, at timestep 0: a picture that the film begins with, by a model that was
+        trained for it. Latents of another film are as noisy as the block."""
+        return self.has_token_times and plan.is_ghost_shown
 
     @property
     def tokens_per_frame(self) -> int:
@@ -243,7 +253,9 @@ class Stage:
         given = Handover(self._embed(model, incoming, item) if self.is_first else incoming)
         around = self._surroundings(item)
         text = (shape.text_of_block[item.block], item.half if item.is_guided else 0)
-        hidden = self._layers[item.expert](given, text, timestep_proj[item.step : item.step + 1], around)
+        clean = schedule.window_frames(item)[0] if item.block == 0 and self.is_start_clean(schedule.plan) else 0
+        times = modulation(timestep_proj, item.step, self.hidden_shape(item)[1], clean * self.tokens_per_frame)
+        hidden = self._layers[item.expert](given, text, times, around)
         if item.keeps_head:
             self._heads[item.half] = around.kept_head
         if item.keeps_tail:

@@ -203,6 +203,7 @@ def _memory(workload: Workload, request: Settings, model: ModelSizes, placement:
         vae_dtype=placement.vae_dtype, on_gpu=placement.on_gpu, quantization=placement.quantization,
         is_offloaded=placement.is_offloaded, is_cache_offloaded=placement.is_cache_offloaded,
         lora_elements=model.elements_of(request.loras),
+        has_clean_start=model.has_token_times and request.start_image is not None,
     )  # fmt: skip
     # Encoding and decoding never happen at once: a text encoder that leaves the device makes room for the decoder's work.
     is_kept = placement.text_encoder == "keep" or (not placement.on_gpu and placement.text_encoder == "cpu")

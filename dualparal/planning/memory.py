@@ -74,6 +74,7 @@ def memory_plan(
     is_offloaded: bool = False,
     is_cache_offloaded: bool = False,
     lora_elements: int = 0,
+    has_clean_start: bool = False,
 ) -> MemoryPlan:
     """The memory of every rank for `workload` at `height` x `width` pixels.
 
@@ -82,6 +83,7 @@ def memory_plan(
     different texts that blocks in flight listen to. `quantization`: fp8 or int8. `is_offloaded`: layers wait in host memory,
     two at a time are on the device; `is_cache_offloaded`: so do the K and V of left neighbours, `CACHED_LAYERS_ON_DEVICE`
     layers of one block's at a time. `lora_elements`: numbers of the video's LoRAs, all layers and experts together.
+    `has_clean_start`: the picture that the film begins with is clean, so that block 0's tokens are modulated one by one.
     """
     sizes, schedule, width_bytes = workload.sizes, workload.schedule, DTYPE_BYTES[dtype]
     ends = [sum(workload.layers[: rank + 1]) for rank in range(len(workload.layers))]
@@ -90,6 +92,7 @@ def memory_plan(
     cached = most_cached_frames(workload, is_offloaded=is_cache_offloaded)
     unpacked = _unpacked_bytes(sizes, width_bytes, quantization)
     peak = max(_layer_peak(workload, item, width_bytes, unpacked) for item in _distinct(workload))
+    peak += _token_times_bytes(workload, width_bytes) if has_clean_start else 0
     message = max(_hidden_bytes(workload, item, width_bytes) for item in _distinct(workload))
     if num_texts > 1:  # one travels with the activations
         message += num_experts * workload.text_tokens * sizes.dim * width_bytes
@@ -220,6 +223,13 @@ def _layer_peak(workload: Workload, item: Item, width_bytes: int, unpacked: int)
     feed_forward = max((4 * queries + 2 * inner) * width_bytes, (5 * queries + inner) * width_bytes + unpacked)
     residual = 5 * queries * width_bytes + (1 + 2 * cast) * queries * 4
     return max(rotating, attention, feed_forward, residual)
+
+
+def _token_times_bytes(workload: Workload, width_bytes: int) -> int:
+    """Block 0's modulations [1, n, 6, D] in the stage's dtype, cast to float32, and added to a layer's own."""
+    schedule = workload.schedule
+    window = max(sum(schedule.window_frames(item)) for item in schedule.items if item.block == 0 and not item.is_skipped)
+    return window * workload.tokens_per_frame * 6 * workload.sizes.dim * (width_bytes + 8)
 
 
 def _messages(rank: int, num_ranks: int) -> int:

@@ -13,6 +13,7 @@ from dualparal.planning.sizes import (
     PUBLISHED_MODELS,
     USUAL_RANK,
     VAE_2_1,
+    WITH_TOKEN_TIMES,
     DiTSizes,
     VaeSizes,
     umt5_float32_parameters,
@@ -30,6 +31,7 @@ class ModelSizes:
     text_parameters: int = umt5_parameters()
     text_float32_parameters: int = umt5_float32_parameters()  # of these, where the others are float16
     vae: VaeSizes = VAE_2_1
+    has_token_times: bool = False  # a picture is clean beside noise, so that each token is modulated by itself
     lora_elements: Callable[[Sequence[str]], int | None] = field(default=lambda loras: None, compare=False)
 
     def elements_of(self, loras: Sequence[str]) -> int:
@@ -65,7 +67,10 @@ class ModelSizes:
     def published(cls, hub_id: str) -> ModelSizes | None:
         """Sizes of a published Wan model, known without a download; None for any other."""
         known = PUBLISHED_MODELS.get(hub_id)
-        return cls(config=known[0], num_experts=known[1], vae=known[2]) if known else None
+        if known is None:
+            return None
+        config, num_experts, vae = known
+        return cls(config=config, num_experts=num_experts, vae=vae, has_token_times=hub_id in WITH_TOKEN_TIMES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,8 @@ PUBLISHED_MODELS: dict[str, tuple[dict[str, Any], int, VaeSizes]] = {
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (WAN_5B, 1, VAE_2_2),
 }
 
+WITH_TOKEN_TIMES = frozenset({"Wan-AI/Wan2.2-TI2V-5B-Diffusers"})  # of these, what was trained to begin with a picture
+
 
 def pinned_bytes(num_bytes: int) -> int:
     """What PyTorch takes to pin a tensor of `num_bytes` in host memory: the next power of two (CachingHostAllocator.h)."""

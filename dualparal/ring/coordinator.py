@@ -206,7 +206,9 @@ class Coordinator:
             spans=SpanLog("stage 0", lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
             saver=saver, looks=looks, trips=TextTrips(spec.shape, schedule, spec.conditions),
             say=lambda text: self._stage.embed_text(texts[text]), turns=lambda item: steering.is_due(item, schedule),
-            ghost=None if start is None else Ghost(start[:, :, -plan.num_left(0) :], request.seed, samplers.sigmas),
+            ghost=None if start is None else Ghost(
+                start[:, :, -plan.num_left(0) :], request.seed, samplers.sigmas, is_clean=self._stage.is_start_clean(plan)
+            ),
             rest=rest_border(schedule, job.rest_at),
         )  # fmt: skip
         for block, latents in enumerate(before):

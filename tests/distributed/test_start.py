@@ -110,6 +110,34 @@ def test_any_ranks(
     assert Path(result.path).read_bytes() == Path(film[1].path).read_bytes()
 
 
+def test_a_model_that_was_trained_for_it(tiny_ti2v: Path, tmp_path: Path, picture: Path, leaves_nothing: None) -> None:
+    """The picture is clean, at timestep 0; sizes are multiples of 32."""
+    asked = GenerationRequest(prompt="a cat", latents_num=9, seed=7, start_image=str(picture))
+    preset, found = SMALL.model_copy(update={"height": 64, "width": 96}), []
+    for ranks in (1, 2):
+        with open_engine(tiny_ti2v, tmp_path, ranks=ranks, preset=preset) as engine:
+            with pytest.raises(RequestError, match="width=48 does not fit this model, whose pictures are multiples of 32"):
+                engine.submit(GenerationRequest(prompt="a cat", width=48))
+            job = engine.submit(asked, return_latents=True)
+            found.append(job.result(WAIT_S))
+            asked = job.request.model_copy(update={"start_image": str(picture)})
+    assert torch.equal(found[0].latents, found[1].latents)
+    assert Path(found[0].path).read_bytes() == Path(found[1].path).read_bytes()
+    assert describe(found[0].path)["num_frames"] == 33
+    checkpoint = Checkpoint(tiny_ti2v)
+    encoder = TextEncoder(checkpoint, device="cpu", dtype=torch.float32)
+    texts = [[encoder.encode(text) for text in ("a cat", SMALL.negative_prompt)]]
+    ghost = StreamingDecoder.load(checkpoint, device="cpu").encode_picture(
+        torch.from_numpy(np.asarray(Image.open(job.folder.start_image)).copy())
+    )
+    blocks = Twin(tiny_ti2v).run(
+        latents_num=8, num_per_block=3, num_cat=2, steps=4, texts=texts, seed=7, size=(4, 6), ghost=ghost, is_ghost_clean=True,
+        **as_said(rules_of(job.request)),
+    )  # fmt: skip
+    expected = torch.cat([ghost, *(blocks[number] for number in sorted(blocks))], dim=2)
+    assert (found[0].latents - expected).abs().max() <= 1e-5
+
+
 def test_two_experts_and_shots(tiny_two: Path, tmp_path: Path, picture: Path) -> None:
     film = GenerationRequest(prompt="a cat\n[2s] sits\n[2s blend] runs\n[1s cut] sleeps", seed=3, start_image=str(picture))
     found = []

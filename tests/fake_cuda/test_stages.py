@@ -18,7 +18,7 @@ from dualparal.model.checkpoint import WeightsOnMeta, _drop_foreign, keeps_float
 from dualparal.model.low_memory import Quantizer
 from dualparal.model.stage import JobShape, Stage
 from dualparal.model.vae import StreamingDecoder, to_uint8
-from dualparal.planning.sizes import WAN_1_3B, WAN_14B
+from dualparal.planning.sizes import WAN_1_3B, WAN_5B, WAN_14B
 from dualparal.ring import transport
 from dualparal.ring.denoiser import Denoiser
 from dualparal.ring.stage_loop import SpanLog
@@ -46,8 +46,9 @@ def stages_of(config: dict[str, Any], num_experts: int, split: Sequence[range], 
         return model.requires_grad_(False).eval()
 
     checkpoint = SimpleNamespace(
-        num_layers=NUM_LAYERS, transformers=("transformer", "transformer_2")[:num_experts], config=lambda part: whole
-    )
+        num_layers=NUM_LAYERS, transformers=("transformer", "transformer_2")[:num_experts], config=lambda part: whole,
+        has_token_times=whole["in_channels"] == 48,
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_module, "load_transformer_share", share)
         return [Stage(checkpoint, layers, device="cuda:0", **{"dtype": "bfloat16", **options}) for layers in split]  # type: ignore[arg-type]
@@ -87,6 +88,15 @@ CONTEXTS = {
     "paper cached": Rules(left_context="latest", context="cached", refresh=3),
     "preview cached": Rules(max_in_flight=2, stagger=2, left_context="own_step", context="cached", micro_batches=True),
 }
+
+
+def test_a_clean_picture_before_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = make_schedule(CONTEXTS["preview cached"], BlockPlan.of(20, 8, 8, picture=True), (0,) * 4)
+    with fake_card(monkeypatch) as notes:
+        stages = stages_of(WAN_5B, 1, SPLITS["three"])
+        shape = JobShape(*LATENTS, 2, (5.0, 4.0), (0,) * schedule.plan.num_blocks)
+        run(stages, schedule, shape, torch.bfloat16, notes)
+    assert not notes.products and notes.syncs.keys() == {"stream"}
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -145,6 +145,19 @@ def test_a_ghost_before_the_first_block(
     assert (found[0] - other)[:, :, :3].abs().max() > 0.01, "the first block does not see the ghost"
 
 
+@pytest.mark.parametrize("rules", GHOSTS.values(), ids=GHOSTS)
+def test_a_clean_picture_before_the_first_block(tiny_ti2v: Path, twin_of: Callable[[Path], Twin], rules: Rules) -> None:
+    """At timestep 0 in every step, and in block 0 only."""
+    ghost = torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    case: dict[str, Any] = dict(latents_num=8, num_per_block=3, num_cat=2, steps=5, texts=some_texts(), seed=9)
+    expected = joined(twin_of(tiny_ti2v).run(**case, **as_said(rules), ghost=ghost, is_ghost_clean=True))
+    found = [joined(denoise_in_threads(tiny_ti2v, ranks=n, rules=rules, ghost=ghost, **case)) for n in (1, 2, 3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert (found[0] - expected).abs().max() <= TOLERANCE
+    noisy = joined(twin_of(tiny_ti2v).run(**case, **as_said(rules), ghost=ghost))
+    assert (found[0] - noisy)[:, :, :3].abs().max() > 0.01, "the picture is seen as noisy as the block"
+
+
 @pytest.mark.parametrize("steps", [1, 2, 20, 50])
 def test_numbers_of_steps(tiny: Path, twin_of: Callable[[Path], Twin], steps: int) -> None:
     check(twin_of(tiny), latents_num=7, num_per_block=3, num_cat=2, steps=steps, texts=some_texts())

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
 
+from dualparal.model.layout import Checkpoint
+from dualparal.model.vae import StreamingDecoder
 from tests.local_ring import denoise_in_threads
 from tests.texts import joined, some_texts
 
@@ -110,6 +113,36 @@ def test_a_timestep_for_each_token(
     pipeline = pipeline_of(tiny_ti2v)
     assert pipeline.config.expand_timesteps and pipeline.vae_scale_factor_spatial == 16
     compare(pipeline, tiny_ti2v, steps=steps, guidance=(guidance, guidance), size=(4, 6), ranks=ranks, flow_shift=5.0)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("steps", "guidance"), [(1, 5.0), (4, 1.0), (20, 5.0)])
+def test_a_film_that_begins_with_a_picture(
+    tiny_ti2v: Path, pipeline_of: Callable[[Path], WanPipeline], steps: int, guidance: float, ranks: int
+) -> None:
+    """The picture's latent is the film's first, its tokens are at timestep 0, and it comes out as it went in."""
+    plain, size, num_frames = pipeline_of(tiny_ti2v), (4, 6), 5
+    parts = {name: part for name, part in plain.components.items() if part is not None}
+    pipeline = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = type(plain.scheduler).from_config(plain.scheduler.config, flow_shift=5.0)
+    generator = torch.Generator().manual_seed(steps)
+    noise = torch.randn(1, 4, num_frames, *size, generator=generator)
+    picture = torch.randint(0, 256, (size[0] * 16, size[1] * 16, 3), dtype=torch.uint8, generator=generator)
+    texts = some_texts(guided=guidance > 1)
+    expected = pipeline(
+        Image.fromarray(picture.numpy()), prompt_embeds=texts[0][0],
+        negative_prompt_embeds=texts[0][1] if guidance > 1 else None, height=size[0] * 16, width=size[1] * 16,
+        num_frames=4 * num_frames - 3, num_inference_steps=steps, guidance_scale=guidance, latents=noise.clone(),
+        output_type="latent",
+    ).frames  # fmt: skip
+    start = StreamingDecoder.load(Checkpoint(tiny_ti2v), device="cpu").encode_picture(picture)
+    blocks = denoise_in_threads(
+        tiny_ti2v, latents_num=num_frames - 1, num_per_block=num_frames - 1, num_cat=1, steps=steps, texts=texts,
+        guidance=(guidance, guidance), size=size, ranks=ranks, noise=[noise[:, :, 1:]], flow_shift=5.0, ghost=start,
+    )  # fmt: skip
+    worst = (torch.cat([start, joined(blocks)], dim=2) - expected).abs().max().item()
+    assert expected[:, :, 1:].std() > 0.3 and worst <= TOLERANCE, f"off by {worst}"
 
 
 def test_many_shards(tiny_sharded: Path, pipeline_of: Callable[[Path], WanPipeline]) -> None:

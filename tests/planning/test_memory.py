@@ -154,8 +154,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def run_layer(config: dict[str, Any], window: int, right: int, dtype: torch.dtype, watch: Any) -> int:
-    """Run one real layer with our processors under `watch`, 2 guidance halves; returns the bytes of its input."""
+def run_layer(
+    config: dict[str, Any], window: int, right: int, dtype: torch.dtype, watch: Any, has_token_times: bool = False
+) -> int:
+    """Run one real layer with our processors under `watch`, 2 guidance halves; returns the bytes of its input, each token's
+    modulations among it where they differ."""
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     dim = heads * head_dim
     with default_dtype(dtype):
@@ -165,7 +168,7 @@ def run_layer(config: dict[str, Any], window: int, right: int, dtype: torch.dtyp
     block.attn2.set_processor(cross)
     rope = torch.zeros(window + right, head_dim // 2, dtype=torch.complex64)
     cache = {0: (torch.zeros(2, right, dim, dtype=dtype), torch.zeros(2, right, dim, dtype=dtype))} if right else None
-    temb = torch.zeros(1, 6, dim, dtype=dtype)
+    temb = torch.zeros(1, window, 6, dim, dtype=dtype) if has_token_times else torch.zeros(1, 6, dim, dtype=dtype)
     hidden = torch.zeros(2, window, dim, dtype=dtype)
     with torch.inference_mode():
         itself.surroundings = Surroundings(rope, right=cache and dict(cache))
@@ -173,7 +176,7 @@ def run_layer(config: dict[str, Any], window: int, right: int, dtype: torch.dtyp
         itself.surroundings = Surroundings(rope, right=cache and dict(cache))
         with watch:
             block(hidden, (0, None), temb, None)
-    return hidden.nbytes
+    return hidden.nbytes + temb.nbytes * has_token_times
 
 
 @pytest.mark.parametrize(("window", "right"), [(48, 24), (32, 0), (24, 40)])
@@ -295,6 +298,28 @@ def test_activations_of_a_real_layer(config: dict[str, Any], dtype: str, num_cat
         held = run_layer(config, (8 + num_cat) * 1560, num_cat * 1560, getattr(torch, dtype), peak)
     counted = memory_plan(workload, height=480, width=832, dtype=dtype).ranks[0].activations
     assert 0.99 * (peak.most + held) <= counted <= 1.01 * (peak.most + held)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_activations_behind_a_clean_picture(dtype: str) -> None:
+    """One block, whose tokens are modulated one by one."""
+    asked = request(latents_num=9, height=704, width=1280, start_image="a digest")
+    workload = workload_of(asked, WAN_5B, [30], spatial_factor=VAE_2_2.spatial_factor)
+    peak = Peak()
+    with FakeTensorMode():
+        held = run_layer(WAN_5B, 9 * 880, 0, getattr(torch, dtype), peak, has_token_times=True)
+    plain, counted = (
+        memory_plan(workload, height=704, width=1280, dtype=dtype, has_clean_start=is_clean).ranks[0].activations
+        for is_clean in (False, True)
+    )
+    assert plain < peak.most + held <= counted <= 1.3 * (peak.most + held)
+    model = ModelSizes.published("Wan-AI/Wan2.2-TI2V-5B-Diffusers")
+    assert model is not None
+    plans = [
+        plan_job(asked.model_copy(update={"start_image": found}), model, Placement(layers=(30,), dtype=dtype))
+        for found in ("x", None)
+    ]
+    assert plans[0].memory.ranks[0].activations > plans[1].memory.ranks[0].activations
 
 
 def test_feature_cache_by_hand() -> None:
