@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -50,10 +51,11 @@ class Dispatcher:
 
     def __init__(
         self, queue: JobQueue[Job], *, auto_resume: bool, check: Callable[[Job], None] = lambda _: None,
-        has_room: Callable[[Job], bool] = lambda _: True,
+        has_room: Callable[[Job], bool] = lambda _: True, turn_s: float = math.inf,
     ) -> None:  # fmt: skip
         """`check` is called before a job is handed out: it waits on, and all behind it, while that raises `OutputError` (a full
-        disk). `has_room`: whether an endless film may go on as far as it is planned."""
+        disk). `has_room`: whether an endless film may go on as far as it is planned. One that is `turn_s` seconds long
+        gives way to jobs that wait."""
         self.changed = SafeCondition()
         self.queue = queue
         self.comparisons: JobQueue[Job] = JobQueue()  # shares the limits of `queue`
@@ -62,7 +64,8 @@ class Dispatcher:
         self.tally = Tally()
         self.is_closing = False
         self._auto_resume, self._check, self._has_room = auto_resume, check, has_room
-        self._looked_s = 0.0  # for room for endless films
+        self._turn_s = turn_s
+        self._looked_s = 0.0  # whether endless films may go on
         self._jobs: dict[str, Job] = {}
         self._ended: deque[str] = deque()
         self._short: tuple[str, str] = ("", "")  # the job that waits for room on the disk, and in whose words
@@ -154,18 +157,28 @@ class Dispatcher:
         finally:
             self._hearing.release()
 
-    def wrap_up_full(self) -> None:
-        """End endless films for which there is no more room on the disk. Never raises."""
+    def wrap_up_due(self) -> None:
+        """End endless films for which there is no more room on the disk, or which have had their turn. Never raises."""
         if time.monotonic() < self._looked_s + LOOK_FOR_ROOM_S:
             return
         self._looked_s = time.monotonic()
         try:
             for job in self.jobs():
-                if job.request.is_endless and job.state == "running" and not job.is_stopping and not self._has_room(job):
-                    log.warning("job %s is wrapped up: the disk is full", job.id, extra={"job_id": job.id})
+                is_going_on = job.request.is_endless and job.state == "running" and not job.is_stopping
+                if is_going_on and (why := self._why_end(job)) is not None:
+                    log.warning("job %s is wrapped up: %s", job.id, why, extra={"job_id": job.id})
                     self.steer(job, Finish(job.id, 0))
         except Exception:
             log.exception("endless films could not be wrapped up")
+
+    def _why_end(self, job: Job) -> str | None:
+        if not self._has_room(job):
+            return "the disk is full"
+        blocks = job.view().blocks
+        length_s = (blocks[-1].first_frame + blocks[-1].num_frames) / job.request.fps if blocks else 0.0
+        if len(self.queue) and length_s >= self._turn_s:
+            return f"others wait, and it is as long as a film may be here ({self._turn_s:g} s)"
+        return None
 
     def forget(self, job_id: str) -> None:
         """Drop an ended job from memory (its files stay)."""

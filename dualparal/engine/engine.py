@@ -79,6 +79,7 @@ class Engine:
             auto_resume=asked.auto_resume,
             check=lambda job: storage.check_free(job.request, job.id),
             has_room=lambda job: storage.has_room_for_more(job.request, job.id),
+            turn_s=setup.preset.limits.seconds,
         )
         self.replicas = tuple(
             Replica(f"replica {n}", dataclasses.replace(setup.options, devices=own, codec_device=codec), self.dispatcher)

@@ -205,7 +205,7 @@ class Replica(JobsAtWork):
                 error = WorkerDied(f"{min(waiting_for)} was not ready within {START_TIMEOUT_S:.0f} s")
             self._dispatcher.store_owed()
             self._dispatcher.hear_wishes()
-            self._dispatcher.wrap_up_full()
+            self._dispatcher.wrap_up_due()
         return error
 
     def _root_cause(self, group: WorkerGroup, error: DualParalError | None, message: WorkerError) -> DualParalError:

@@ -122,6 +122,7 @@ def test_one_that_fails_costs_no_other_and_goes_on_the_next_time(batch: Command,
 def test_control_c_keeps_what_is_done_and_the_next_run_goes_on(batch: Command, group_log: GroupLog) -> None:
     def interrupt() -> None:
         assert wait_until(lambda: len(list(batch.folder.glob("outputs/*/block_0001.ts"))) == 2, 60)
+        assert wait_until(lambda: len(batch.jobs()) == 3, 60), "the third is not in line"
         os.kill(os.getpid(), signal.SIGINT)
 
     lines = films("a kite", "a slow boat", "a tree", "a house")

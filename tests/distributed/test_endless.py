@@ -18,10 +18,11 @@ from dualparal.jobs.job import Job
 from dualparal.media.metadata import read_settings
 from dualparal.method.endless import BLOCKS_AHEAD
 from dualparal.method.rules import plan_of
+from dualparal.presets import Limits
 from tests.conftest import wait_until
 from tests.distributed.hooks import IS_SLOW
 from tests.distributed.test_resume import saved_item
-from tests.distributed.test_steering import WAIT_S, check_same, open_engine, steps_done
+from tests.distributed.test_steering import SMALL, WAIT_S, check_same, open_engine, steps_done
 
 PREVIEW: dict[str, Any] = {"schedule": "preview", "context": "cached", "refresh": 3, "max_in_flight": 3}
 ENDLESS = GenerationRequest(prompt="a cat sits", is_endless=True, seed=7, **PREVIEW)
@@ -94,6 +95,19 @@ def test_the_disk_quota_ends_it_with_a_finished_film(tiny: Path, tmp_path: Path)
         result = job.result(WAIT_S)
     assert result.num_frames == job.request.num_frames > 0 and not job.request.is_endless
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 3_000_000
+
+
+def test_it_gives_way_to_others_once_it_is_as_long_as_films_may_be(tiny: Path, tmp_path: Path, plain: Engine) -> None:
+    preset = SMALL.model_copy(update={"seconds": 2.0, "limits": Limits(seconds=3)})
+    with open_engine(tiny, tmp_path, preset=preset) as engine:
+        job = engine.submit(ENDLESS, return_latents=True)
+        assert wait_until(lambda: num_ready(job) > 4, WAIT_S), "with nobody in line it goes on"
+        assert job.request.is_endless
+        other = engine.submit(GenerationRequest(prompt="a dog", latents_num=1))
+        result = job.result(WAIT_S)
+        assert other.result(WAIT_S).num_frames == 1
+    assert not job.request.is_endless and result.num_frames >= 3 * job.request.fps
+    check_same(plain, job.request, result)
 
 
 def test_stopped_and_what_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from dualparal.ui import snapshot
 from dualparal.ui.studio import Studio
 from tests.engine.test_serving import SECONDS, _left_behind, until, wants
 from tests.fake_group import HALF_THE_FRAMES, NUM_FRAMES, GroupLog, Make
+from tests.settings import settings
 
 
 def started(folder: JobFolder) -> JobFolder:
@@ -236,8 +237,7 @@ class Nobody:
 
 def decoded(folder: Path, num_blocks: int, *, is_resumed: bool) -> Any:
     """What the codec says of a video that was stopped after so many blocks."""
-    request = wants("x").model_copy(update={"fps": 16})
-    run = RunJob("abcdef", request, str(folder), is_resumed=is_resumed)
+    run = RunJob("abcdef", settings(latents_num=5, height=32, width=32, fps=16), str(folder), is_resumed=is_resumed)
     video = OpenedVideo(OpenVideo(run, 32, 32), Decoder(), Nobody())  # type: ignore[arg-type]
     for block in range(num_blocks):
         video.add(DecodeBlock("abcdef", block, np.zeros((1, 16, 1, 4, 4), np.float32)))
