@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_one_that_fails_costs_no_other_and_goes_on_the_next_time(batch: Command,
     assert [run.is_resumed for run in group_log.runs[3:]] == [True, True]
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Where the tests were started in the background, as a shell's `&` does it, nobody does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_control_c_keeps_what_is_done_and_the_next_run_goes_on(batch: Command, group_log: GroupLog) -> None:
     def interrupt() -> None:
         assert wait_until(lambda: len(list(batch.folder.glob("outputs/*/block_0001.ts"))) == 2, 60)
