@@ -54,6 +54,8 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> int:
+    if options.prompt is None:
+        raise RequestError("--prompt is missing: say what the video shows, or name a file of lines with --batch", "prompt")
     request = GenerationRequest(**given(GenerationRequest, options))
     job_id = check_job_id(options.job_id) if options.job_id else new_job_id()
     if (team := find_team()) is None or team.is_front_end:
