@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
         "schedule": "preview", "context": "recomputed", "max_in_flight": 3, "stagger": 3, "micro_batches": True,
     },
     "paper, micro-batches": {"schedule": "paper", "context": "recomputed", "micro_batches": True},
-    "step caching": {"schedule": "paper", "context": "recomputed", "cache_interval": 2},
+    "step caching": {"schedule": "paper", "context": "recomputed", "cache_interval": 2, "num_inference_steps": 8},
     "guidance interval": {"schedule": "paper", "context": "recomputed", "guidance_start": 0.2, "guidance_stop": 0.8},
     "one block": {"schedule": "paper", "context": "recomputed", "latents_num": 6},
     "cached context": {"schedule": "paper", "context": "cached"},

@@ -45,19 +45,28 @@ def test_the_table_of_the_timeline() -> None:
 
 
 @pytest.mark.distributed
-def test_the_python_makes_a_film_and_steers_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_makes_films_steers_one_and_ends_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    shots, steered, endless = [run(code) for code in blocks("python")]
+    assert describe(shots["result"].path)["num_frames"] == shots["result"].num_frames == 57 + 17
+    assert 0 < steered["told"].from_s < 20
+    result = endless["job"].result()
+    assert describe(result.path)["num_frames"] == result.num_frames == endless["told"].num_frames > 16
+
+
+def run(code: str) -> dict[str, Any]:
+    """What is named in it afterwards."""
     made: dict[str, Any] = {}
-    for code in blocks("python"):
-        exec(compile(code, "docs/director.md", "exec"), made)
-    assert describe(made["result"].path)["num_frames"] == made["result"].num_frames == 57 + 17
-    assert 0 < made["told"].from_s < 20
+    exec(compile(code, "docs/director.md", "exec"), made)
+    return made
 
 
 @pytest.mark.distributed
-def test_the_command_makes_a_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_make_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (command,) = commands(PAGE)
-    words = shlex.split(command.replace("$'", "'"))
-    assert main([word.replace("\\n", "\n") for word in words[words.index("generate") :]]) == 0
+    for command in commands(PAGE):
+        words = shlex.split(command.replace("$'", "'"))
+        assert main([word.replace("\\n", "\n") for word in words[words.index("generate") :]]) == 0
     assert describe(tmp_path / "film.mp4")["num_frames"] == 33 + 25
+    joined = next(path for path in (tmp_path / "outputs").glob("*/video.mp4") if (path.parent / "before.mp4").exists())
+    assert describe(joined)["num_frames"] == 65 + 64

@@ -117,8 +117,9 @@ class Codec:
                     return
 
     def _next(self) -> Any:
-        """The next message. With nothing to do for a while, and no video under way, time for the map of early looks."""
-        if self._fitting is not None and (self._video is None or not self._video.num_frames):
+        """The next message. With nothing to do for a while, and nothing of a video in the decoder, time for the map of early
+        looks."""
+        if self._fitting is not None and (self._video is None or not self._video.has_begun):
             try:
                 return self._inbox.get(timeout=IDLE_S)
             except queue.Empty:
@@ -222,6 +223,7 @@ class OpenedVideo:
         before = None if message.before is None else tensor_of(message.before)
         self._end = FilmEnd(before, request.num_cat)
         decoder.begin()
+        self.has_begun = before is not None  # the decoder has something of it
         if before is not None:
             working_at("decoding the film's beginning")
             decoder.decode(before)
@@ -235,6 +237,7 @@ class OpenedVideo:
 
         After a resume, a block whose segment is there already is decoded for the VAE's feature cache only.
         """
+        self.has_begun = True
         self._decoder.on_frame = lambda: working_at(f"decoding block {message.block}")
         started_s = time.monotonic()
         if message.block in self._plan.cuts:

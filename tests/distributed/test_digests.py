@@ -14,7 +14,7 @@ STORED = {
     "paper": "477d0763005811e8",
     "preview": "52a66ea247f50446",
     "paper, micro-batches": "477d0763005811e8",
-    "step caching": "a83aeb411c9b30af",
+    "step caching": "8f2a028dcd91e241",
     "guidance interval": "3402d0f020992e71",
     "one block": "6e85987e4e148178",
 }
