@@ -78,7 +78,7 @@ class Engine:
             JobQueue(max_jobs=asked.max_queue, max_per_owner=asked.max_per_owner),
             auto_resume=asked.auto_resume,
             check=lambda job: storage.check_free(job.request, job.id),
-            has_room=lambda job: storage.has_room_for_more(job.request, job.id),
+            has_room=lambda job: storage.has_room_for_more(job.request, job.id, job.view().begun),
             turn_s=setup.preset.limits.seconds,
         )
         self.replicas = tuple(

@@ -65,6 +65,13 @@ class JobView(Standing):
     timeline: tuple[Span, ...]
     looks: Mapping[int, Look] = field(default_factory=dict)  # the newest of each block
 
+    @property
+    def begun(self) -> float:
+        """Blocks that have begun for each that is ready; 1 before the first is. Decoding may be far behind."""
+        if self.progress is None or not self.blocks:
+            return 1.0
+        return max(1.0, sum(steps > 0 for steps in self.progress.block_steps) / len(self.blocks))
+
 
 class Job:
     """A submitted request. All methods may be called from any thread."""

@@ -65,14 +65,15 @@ class Storage:
         self.check_free(request, job_id)
         return deleted
 
-    def has_room_for_more(self, request: Settings, job_id: str) -> bool:
-        """Whether an endless film that is under way may grow: what is there of it once more, for the joined video, and the
-        blocks that may be in flight fit on the disk and under the limit."""
+    def has_room_for_more(self, request: Settings, job_id: str, begun: float = 1.0) -> bool:
+        """Whether an endless film that is under way may grow: what will be there of it, `begun` times what is there now (blocks
+        may wait to be decoded), once more for the joined video, and the blocks that may be in flight fit on the disk and under
+        the limit."""
         folder = self._outputs / job_id
         there = folder_bytes(folder)
         plan = plan_of(request)
         ahead = (request.max_in_flight + BLOCKS_TO_SPARE) * request.num_per_block / max(1, plan.latents_num)
-        needed = there + int(min(1.0, ahead) * bytes_needed(request)) + sweep_bytes(request)
+        needed = int(there * (2 * begun - 1)) + int(min(1.0, ahead) * bytes_needed(request)) + sweep_bytes(request)
         if shutil.disk_usage(self._outputs).free < needed:
             return False
         if self._max_bytes is None:
