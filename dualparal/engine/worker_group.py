@@ -23,6 +23,7 @@ from dualparal.messages import Shutdown, StorePort, WorkerOptions
 from dualparal.ring.spawn import plain_main, start_baseline, start_codec, start_rank
 
 log = logging.getLogger(__name__)
+MOST_TO_CODEC = 24  # finished blocks above all: where decoding is slower than denoising, rank 0 waits rather than memory grows
 
 
 class WorkerGroup:
@@ -48,13 +49,14 @@ class WorkerGroup:
             self.close(0.0)
             raise
 
-    def _make_queue(self) -> Any:
-        self._queues.append(multiprocessing.get_context("spawn").Queue())
+    def _make_queue(self, most: int = 0) -> Any:
+        """`most` messages in it at once; whoever brings one more waits. 0: any number."""
+        self._queues.append(multiprocessing.get_context("spawn").Queue(most))
         return self._queues[-1]
 
     def _start(self) -> None:
         options, listener = self._options, self._listener
-        to_codec, from_codec = self._make_queue(), self._make_queue()
+        to_codec, from_codec = self._make_queue(MOST_TO_CODEC), self._make_queue()
         generation = listener.next_generation() if listener else 0
         for rank in range(options.ranks):
             name = f"rank {rank}"

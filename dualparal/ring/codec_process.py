@@ -56,6 +56,7 @@ from dualparal.ring.worker import Uplink, call_hook, describe_error, quiet_libra
 
 log = logging.getLogger(__name__)
 IDLE_S = 1.0
+MOST_LOOKED_AT = 8  # messages taken ahead, to find prompts among them
 
 
 def codec_main(connection: Connection, options: WorkerOptions, inbox: Queue[Any], outbox: Queue[Any]) -> None:
@@ -128,11 +129,11 @@ class Codec:
         return self._inbox.get()
 
     def _take_prompts(self) -> None:
-        """Move what has arrived to the waiting line, encoding prompts at once."""
+        """Move what has arrived to the waiting line, so far as it has room, encoding prompts at once."""
         for message in [m for m in self._waiting if isinstance(m, EncodeText | EncodePicture)]:
             self._waiting.remove(message)
             self._encode(message)
-        while True:
+        while len(self._waiting) < MOST_LOOKED_AT:
             try:
                 message = self._inbox.get_nowait()
             except queue.Empty:
