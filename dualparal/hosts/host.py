@@ -21,18 +21,9 @@ from typing import Any
 from dualparal.devices import count_gpus
 from dualparal.errors import EngineError, RequestError
 from dualparal.hosts.listener import ODDITIES
+from dualparal.hosts.messages import Farewell, Hello, RankBegun, RankEnded, StartRank, StopRank
 from dualparal.hosts.torchrun import NOTICE_TIMEOUT_S, Team, end_with_the_agent, read_notice
-from dualparal.messages import (
-    Farewell,
-    Hello,
-    RankBegun,
-    RankEnded,
-    StartRank,
-    StopRank,
-    StorePort,
-    WorkerError,
-    WorkerOptions,
-)
+from dualparal.messages import StorePort, WorkerError, WorkerOptions
 from dualparal.network import dial, interface_of
 from dualparal.options import SAME_ON_HOSTS
 from dualparal.ring.spawn import plain_main, start_rank

@@ -19,8 +19,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from dualparal.errors import EngineError
+from dualparal.hosts.messages import Farewell, Hello, RankBegun, RankEnded, StartRank, StopRank
 from dualparal.hosts.torchrun import SECRET_VARIABLE, Notice, Team, leave_notice
-from dualparal.messages import Farewell, Hello, RankBegun, RankEnded, StartRank, StopRank, WorkerOptions
+from dualparal.messages import WorkerOptions
 from dualparal.network import LOST_AFTER_S, admit, interface_of, is_loopback, listen_at, own_address
 
 log = logging.getLogger(__name__)

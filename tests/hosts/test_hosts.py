@@ -24,19 +24,9 @@ from dualparal.hosts import host as host_module
 from dualparal.hosts import listener as listener_module
 from dualparal.hosts.host import RankHost
 from dualparal.hosts.listener import HostListener, RemoteWorker
+from dualparal.hosts.messages import Farewell, Hello, RankBegun, RankEnded, StartRank, StopRank
 from dualparal.hosts.torchrun import SECRET_VARIABLE, Notice, Team, find_team, settle_ranks
-from dualparal.messages import (
-    Beat,
-    Farewell,
-    Hello,
-    RankBegun,
-    RankEnded,
-    StartRank,
-    StopRank,
-    StorePort,
-    WorkerError,
-    WorkerOptions,
-)
+from dualparal.messages import Beat, StorePort, WorkerError, WorkerOptions
 from dualparal.options import EngineOptions
 from dualparal.ring.rank_process import open_store
 
