@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.attack import Target
+from benchmarks.visitors import Target
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 OLDEST = "1.5.4"
