@@ -118,9 +118,10 @@ def test_a_signal_ends_a_program_that_can_open_no_file(tiny: Path, tmp_path: Pat
         engine = Engine(folder, outputs=outputs, **OPTIONS)
         stopped = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        below = [os.open(os.devnull, os.O_RDONLY) for _ in range(32)]
         engine.start()
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (32, hard))
         os.kill(int(engine.workers["codec"]["pid"]), signal.SIGKILL)
         while engine.state != "restarting":
             time.sleep(0.05)
@@ -145,12 +146,13 @@ def test_a_rank_killed_while_no_file_can_be_opened(tiny: Path, tmp_path: Path, c
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         def limit(number):
             resource.prlimit(os.getpid(), resource.RLIMIT_NOFILE, (number, hard))
+        below = [os.open(os.devnull, os.O_RDONLY) for _ in range(32)]  # stay open: below the limit no number is free, but poll works
 
         engine = Engine(folder, outputs=outputs, **OPTIONS).start()
         at_work = engine.submit(REQUEST.model_copy(update={{"latents_num": 600}}))
         while at_work.state != "running":
             time.sleep(0.05)
-        limit(3)
+        limit(32)
         os.kill(int(engine.workers["rank 1"]["pid"]), signal.SIGKILL)
         while engine.state not in ("restarting", "failed"):
             time.sleep(0.05)
