@@ -146,7 +146,8 @@ def test_a_rank_killed_while_no_file_can_be_opened(tiny: Path, tmp_path: Path, c
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         def limit(number):
             resource.prlimit(os.getpid(), resource.RLIMIT_NOFILE, (number, hard))
-        below = [os.open(os.devnull, os.O_RDONLY) for _ in range(32)]  # stay open: below the limit no number is free, but poll works
+        # They stay open: below the limit no number is free, but poll works.
+        below = [os.open(os.devnull, os.O_RDONLY) for _ in range(32)]
 
         engine = Engine(folder, outputs=outputs, **OPTIONS).start()
         at_work = engine.submit(REQUEST.model_copy(update={{"latents_num": 600}}))
