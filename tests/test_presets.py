@@ -16,7 +16,7 @@ from dualparal.request import MAX_PROMPT_CHARS, GenerationRequest
 
 SHIPPED = load_presets()
 WAN = ["wan2.1-1.3b-480p", "wan2.1-14b-480p", "wan2.1-14b-720p", "wan2.2-a14b-480p", "wan2.2-a14b-720p"]
-WAN_5B = ["wan2.2-5b-480p", "wan2.2-5b-720p"]
+WAN_5B = ["wan2.2-ti2v-5b-480p", "wan2.2-ti2v-5b-720p"]
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -78,7 +78,7 @@ def test_wan_preset(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name, preset in SHIPPED.items() if preset.loras))
 def test_a_preset_for_few_steps_is_its_models_own_but_for_what_was_distilled(name: str) -> None:
-    fast, plain = SHIPPED[name], SHIPPED[name.replace("-fast", "")]
+    fast, plain = SHIPPED[name], SHIPPED[re.sub("-[0-9]step$", "", name)]
     changed = {field for field in type(fast).model_fields if getattr(fast, field) != getattr(plain, field)}
     assert changed - {"guidance_scale_2", "flow_shift", "solver"} == {
         "name", "title", "loras", "num_inference_steps", "guidance_scale"
