@@ -1,11 +1,20 @@
 // Says when the server does not answer, and goes on by itself when it does again: what is typed is kept (draft.js), and so is the
-// job that is shown, so that the page is opened anew.
+// job that is shown, so that the page is opened anew. One answer is not enough for that: a server that is closing may still give it,
+// and a page opened from it has nothing to show.
 (() => {
-  const EVERY_MS = 4000, AGAIN_MS = 1500, PATIENCE_MS = 30000, MISSES = 2;
+  const EVERY_MS = 4000, AGAIN_MS = 1500, PATIENCE_MS = 30000, MISSES = 2, ANSWERS = 2;
   const healthz = `${document.querySelector('meta[name=dualparal-root]')?.content || ''}healthz`;
-  let run = null, misses = 0, isLeaving = false;
+  let run = null, misses = 0, answers = 0, isCut = false, isLeaving = false;
   window.addEventListener('pagehide', () => { isLeaving = true; });
   window.addEventListener('pageshow', () => { isLeaving = false; });
+
+  // Gradio, once it has lost its stream, asks for the app's id and opens the page anew at the first answer: here it gets none.
+  const fetched = window.fetch;
+  window.fetch = function (asked, ...more) {
+    if (!new URL(asked?.url ?? asked, location.href).pathname.endsWith('/app_id')) return fetched.call(this, asked, ...more);
+    isCut = true;
+    return Promise.reject(new TypeError('away.js finds out when the server is back'));
+  };
 
   const away = () => {
     if (document.documentElement.classList.contains('away')) return;
@@ -24,15 +33,19 @@
 
   const ask = async () => {
     try {
-      const answer = await fetch(healthz, {cache: 'no-store', signal: AbortSignal.timeout(PATIENCE_MS)});
+      const answer = await fetched(healthz, {cache: 'no-store', signal: AbortSignal.timeout(PATIENCE_MS)});
       await answer.json();  // a proxy in front of a server that is away answers too, in its own words
       const now = answer.headers.get('x-run');
-      if (misses >= MISSES || (run && now && now !== run)) { location.reload(); return; }
-      run = now; misses = 0;
+      if (isCut || misses >= MISSES || (run && now && now !== run)) {
+        if (++answers >= ANSWERS) { location.reload(); return; }
+      } else {
+        run = now; misses = 0;
+      }
     } catch {
+      answers = 0;
       if (!isLeaving && ++misses >= MISSES) away();
     }
-    setTimeout(ask, misses ? AGAIN_MS : EVERY_MS);
+    setTimeout(ask, misses || answers || isCut ? AGAIN_MS : EVERY_MS);
   };
   setTimeout(ask, AGAIN_MS);
 })();

@@ -97,3 +97,38 @@ def test_a_server_that_is_away(browser: Any, tmp_path: Path) -> None:  # noqa: F
     page.wait_for_selector(".chip.ready")
     page.context.close()
     again.close()
+
+
+def test_a_server_that_still_answers_once_while_it_goes(browser: Any, server: Server) -> None:  # noqa: F811
+    """A page opened anew from it would have nothing to show: neither ours nor Gradio's own reconnecting may do that."""
+    asked: list[str] = []
+    answers = iter([False, False, True, False, False])
+
+    def answer(route: Any) -> None:
+        asked.append(route.request.url)
+        if next(answers, True):
+            route.fulfill(json={"status": "alive"}, headers={"X-Run": "still the same"})
+        else:
+            route.abort()
+
+    page = browser.new_context(viewport={"width": 1024, "height": 768}).new_page()
+    page.set_default_timeout(240_000)
+    page.goto(server.url)
+    page.wait_for_selector(".estimate b")
+    server.groups.slow_at = 1
+    ask(page, "a slow kite, looked at while the server goes", 12)
+    wait_state(page, "running")
+    page.evaluate("window.isOfBefore = true")
+    page.context.route("**/healthz", answer)
+    page.wait_for_selector("#away")
+    page.evaluate("fetch('/gradio_api/app_id').catch(() => {})")  # as Gradio does
+    while len(asked) < 5:
+        page.wait_for_timeout(200)
+    assert page.evaluate("window.isOfBefore && !!document.querySelector('.board')")
+    with page.expect_event("load"):  # it answers twice: it is back
+        pass
+    page.wait_for_selector(".board.running", state="attached")
+    assert not page.evaluate("window.isOfBefore") and page.locator("#away").count() == 0
+    server.groups.let_go.set()
+    wait_state(page, "finished")
+    page.context.close()
