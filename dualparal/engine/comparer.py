@@ -20,6 +20,7 @@ from dualparal.messages import WorkerOptions
 from dualparal.planning.job_plan import JobPlan, plan_job
 from dualparal.planning.memory_table import gigabytes
 from dualparal.planning.placement import ModelSizes
+from dualparal.request import Settings
 
 CHANGES_OF_LAYERS = {"loras", "attention", "compile", "quantization"}
 LOOK_EVERY_S = 0.3
@@ -61,12 +62,30 @@ class Comparer(Replica):
             end_surely(job, error)
 
 
-def check_plain(changes: Mapping[str, Any]) -> None:
-    """Raise `RequestError` when an engine with these `changes` cannot be compared with diffusers as it is."""
+NOT_PLAIN = {  # field of a request: what plain Wan cannot be asked for
+    "shots": "plain Wan takes one prompt; compare a film without shots",
+    "start_image": "plain Wan takes no picture; compare a film that begins without one",
+    "loras": "plain Wan is compared as it is; compare a video without LoRAs",
+    "is_endless": "plain Wan makes no endless film; compare one that has an end",
+    "continue_from": "plain Wan continues no film; compare one that begins by itself",
+}
+
+
+def why_not_plain(request: Settings) -> RequestError | None:
+    """Why plain Wan cannot be asked for the same video; None where it can."""
+    found = next((field for field in NOT_PLAIN if getattr(request, field)), None)
+    return None if found is None else RequestError(NOT_PLAIN[found], found)
+
+
+def check_plain(changes: Mapping[str, Any], request: Settings) -> None:
+    """Raise `RequestError` when an engine with these `changes` cannot be compared with diffusers as it is, or `request` is for
+    what plain Wan does not do."""
     if changes.keys() & CHANGES_OF_LAYERS:
         raise RequestError(
             "the baseline is diffusers as it is; leave --lora, --attention, --compile and --quantization out", "baseline"
         )
+    if (refusal := why_not_plain(request)) is not None:
+        raise refusal
 
 
 def check_fits(plan: JobPlan, sizes: ModelSizes, *, num_replicas: int = 1) -> None:

@@ -18,7 +18,7 @@ from dualparal.engine.admission import Admission, Admit
 from dualparal.engine.beginning import like_its_film, with_beginning
 from dualparal.engine.comparer import CHANGES_OF_LAYERS, Comparer, check_fits, check_plain
 from dualparal.engine.dispatcher import Dispatcher
-from dualparal.engine.given_tensors import checked_noise, checked_text
+from dualparal.engine.given_tensors import checked_tensors
 from dualparal.engine.replica import STUCK_S, Replica
 from dualparal.engine.resumption import Resumption
 from dualparal.engine.setup import EngineSetup
@@ -238,16 +238,10 @@ class Engine:
         settings, loras = self._setup.with_loras(settings)
         if (refusal := self.plan(settings, is_short=True).refusal) is not None:
             raise RequestError(refusal, "num_per_block")
-        noise = checked_noise(latents, settings, self.checkpoint)
-        cond = checked_text(prompt_embeds, "prompt_embeds", self.checkpoint)
-        uncond = checked_text(negative_prompt_embeds, "negative_prompt_embeds", self.checkpoint)
-        if cond is not None and settings.shots:
-            raise RequestError(
-                "prompt_embeds are of one text, and the request has shots; leave one of them out", "prompt_embeds"
-            )
-        if settings.is_endless and any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds)):
-            raise RequestError("is_endless: the tensors given are those of a film with an end; leave them out", "is_endless")
-        has_tensors = any(x is not None for x in (latents, prompt_embeds, negative_prompt_embeds))
+        given = checked_tensors(
+            settings, self.checkpoint, latents=latents, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )  # fmt: skip
         job_id = new_job_id() if job_id is None else check_job_id(job_id)
         self._admission.check(settings)
         self._check_open()
@@ -255,22 +249,13 @@ class Engine:
             self._check_open()
             folder = create_job(
                 self.outputs, job_id, settings, preset=self.preset.name, owner=owner, layers=self.layers,
-                export_images=export_images, has_tensors=has_tensors, begins_with=files,
+                export_images=export_images, has_tensors=bool(given), begins_with=files,
                 **({"take": dataclasses.asdict(take)} if take else {}), **self._setup.made_with(loras),
             )  # fmt: skip
             run = RunJob(
-                folder.job_id,
-                settings,
-                str(folder.path),
-                return_latents,
-                export_images,
-                noise,
-                cond,
-                uncond,
-                loras=loras,
-                take=take,
-                rest_at=take.rest_at if take else 0,
-            )
+                folder.job_id, settings, str(folder.path), return_latents, export_images, given.latents, given.prompt_embeds,
+                given.negative_prompt_embeds, loras=loras, take=take, rest_at=take.rest_at if take else 0,
+            )  # fmt: skip
             return self._add_new(run, folder, owner)
 
     def submit_takes(self, request: GenerationRequest | Settings, takes: int, *, owner: str = "") -> list[Job]:
@@ -303,17 +288,7 @@ class Engine:
         """
         settings = self.resolve(request)
         job_id = new_job_id() if job_id is None else check_job_id(job_id)
-        check_plain(self.changes())
-        if settings.shots:
-            raise RequestError("plain Wan takes one prompt; compare a film without shots", "shots")
-        if settings.start_image is not None:
-            raise RequestError("plain Wan takes no picture; compare a film that begins without one", "start_image")
-        if settings.loras:
-            raise RequestError("plain Wan is compared as it is; compare a video without LoRAs", "loras")
-        if settings.is_endless:
-            raise RequestError("plain Wan makes no endless film; compare one that has an end", "is_endless")
-        if settings.continue_from is not None:
-            raise RequestError("plain Wan continues no film; compare one that begins by itself", "continue_from")
+        check_plain(self.changes(), settings)
         if self._is_started:
             check_fits(self.plan(settings, is_short=True), self._setup.sizes, num_replicas=self.num_replicas)
         self._admission.check(settings)

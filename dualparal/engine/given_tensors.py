@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,35 @@ from dualparal.model.layout import Checkpoint
 from dualparal.request import Settings
 
 
-def checked_noise(latents: Any, request: Settings, checkpoint: Checkpoint) -> tuple[np.ndarray, ...] | None:
-    """Initial noise per block as float32 [1, C, F, h, w], for a resolved `request`. Raises `RequestError`."""
+@dataclass(frozen=True)
+class GivenTensors:
+    """What a caller gave, as float32 copies."""
+
+    latents: tuple[np.ndarray, ...] | None  # initial noise per block, each [1, C, F, h, w]
+    prompt_embeds: np.ndarray | None  # [1, tokens, text dim]
+    negative_prompt_embeds: np.ndarray | None
+
+    def __bool__(self) -> bool:
+        return any(given is not None for given in (self.latents, self.prompt_embeds, self.negative_prompt_embeds))
+
+
+def checked_tensors(
+    request: Settings, checkpoint: Checkpoint, *, latents: Any, prompt_embeds: Any, negative_prompt_embeds: Any
+) -> GivenTensors:
+    """The tensors for a resolved `request`, each None where it is left out. Raises `RequestError`."""
+    given = GivenTensors(
+        _checked_noise(latents, request, checkpoint),
+        _checked_text(prompt_embeds, "prompt_embeds", checkpoint),
+        _checked_text(negative_prompt_embeds, "negative_prompt_embeds", checkpoint),
+    )
+    if given.prompt_embeds is not None and request.shots:
+        raise RequestError("prompt_embeds are of one text, and the request has shots; leave one of them out", "prompt_embeds")
+    if given and request.is_endless:
+        raise RequestError("is_endless: the tensors given are those of a film with an end; leave them out", "is_endless")
+    return given
+
+
+def _checked_noise(latents: Any, request: Settings, checkpoint: Checkpoint) -> tuple[np.ndarray, ...] | None:
     if latents is None:
         return None
     if not isinstance(latents, (list, tuple)):
@@ -27,8 +55,7 @@ def checked_noise(latents: Any, request: Settings, checkpoint: Checkpoint) -> tu
     return blocks
 
 
-def checked_text(embeds: Any, name: str, checkpoint: Checkpoint) -> np.ndarray | None:
-    """Embeddings of one text as float32 [1, tokens, text dim]; `name` is the argument's. Raises `RequestError`."""
+def _checked_text(embeds: Any, name: str, checkpoint: Checkpoint) -> np.ndarray | None:
     if embeds is None:
         return None
     text, text_dim = _to_numpy(embeds, name), checkpoint.text_dim

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dualparal.engine.comparer import why_not_plain
 from dualparal.engine.takes import check_one
 from dualparal.errors import DualParalError, OutputError, RequestError
 from dualparal.events import Steered, WrappedUp
@@ -250,8 +251,7 @@ class Studio:
 
     def can_compare(self, found: Snapshot) -> bool:
         """Whether plain Wan can be asked for the same video."""
-        request = found.request
-        is_plain = not request.shots and request.start_image is None and request.continue_from is None and not request.loras
+        is_plain = why_not_plain(found.request) is None
         return found.state == "finished" and self.engine.can_compare and not found.is_baseline and is_plain
 
     def compare(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:
