@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from dualparal.errors import CheckpointError
 from dualparal.method.schedule import Mode
 from dualparal.method.taylor import Taylor
+from dualparal.method.unipc import SharedUniPC
 from dualparal.request import SolverName
 
 _COUNTS = ("lower_order_nums", "this_order")  # of a multistep solver, besides its step index
@@ -44,7 +45,11 @@ class SamplerFactory:
 
     def new(self, max_order: int | None = None) -> BlockSampler:
         """A sampler for one block, at its first step; `max_order` of extrapolation where steps are skipped."""
-        return BlockSampler(copy.deepcopy(self._template), max_order)
+        scheduler = copy.copy(self._template)  # no solver writes into its tensors; its lists are all that changes in place
+        for name in _LISTS:
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, list(getattr(scheduler, name)))
+        return BlockSampler(scheduler, max_order)
 
     def experts(self, boundary_ratio: float | None) -> tuple[int, ...]:
         """Which expert runs each step: 1 (low noise) where t < boundary_ratio * num_train_timesteps, else 0."""
@@ -65,7 +70,7 @@ def scheduler_of(solver: SolverName, config: Mapping[str, Any], flow_shift: floa
     """diffusers' scheduler for `solver`; see `SamplerFactory`."""
     if solver == "euler":
         return EvenEuler(num_train_timesteps=config.get("num_train_timesteps", 1000), shift=flow_shift)
-    kind = DPMSolverMultistepScheduler if solver == "dpm++" else UniPCMultistepScheduler
+    kind = DPMSolverMultistepScheduler if solver == "dpm++" else SharedUniPC
     known = inspect.signature(kind.__init__).parameters
     values = {key: value for key, value in config.items() if key in known and not key.startswith("_")}
     return kind(**{**values, "flow_shift": flow_shift})

@@ -29,6 +29,8 @@ _aten = torch.ops.aten
 _PRODUCTS = {
     _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.matmul, _aten.linear, _aten.convolution, _aten.conv2d, _aten.conv3d,
 }  # fmt: skip
+_MADE = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.scalar_tensor}  # by no kernel
+_COPIES = {_aten._to_copy, _aten.copy_}
 _READS = {_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _aten.is_nonzero}
 
 
@@ -43,20 +45,20 @@ class Notes(TorchDispatchMode):
         self.syncs: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_read = func.overloadpacket is _aten._local_scalar_dense and args[0].device == CARD
+        is_read = func.overloadpacket is _aten._local_scalar_dense
         out = 1.0 if is_read else func(*args, **(kwargs or {}))  # any number will do
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if any(leaf.device == CARD for leaf in given):
-            self._note(func, given, kwargs or {}, out)
+        if any(leaf.device == CARD for leaf in (*given, *tree_leaves(out)) if isinstance(leaf, torch.Tensor)):
+            self._note(func, given, args, kwargs or {}, out)
         return out
 
-    def _note(self, func: Any, given: list[torch.Tensor], kwargs: dict[str, Any], out: Any) -> None:
-        if not func.is_view and func.namespace == "aten":
+    def _note(self, func: Any, given: list[torch.Tensor], args: Any, kwargs: Any, out: Any) -> None:
+        if not func.is_view and func.namespace == "aten" and func.overloadpacket not in _MADE:
             self.kernels[func.overloadpacket.__name__] += 1
         if func.overloadpacket in _PRODUCTS and any(leaf.dtype == torch.float32 for leaf in given):
             self.products[_line()] += 1
-        comes = isinstance(out, torch.Tensor) and out.device.type == "cpu" and not kwargs.get("non_blocking")
-        if comes or func.overloadpacket in _READS:
+        is_copy = func.overloadpacket in _COPIES and len({leaf.device.type for leaf in (*given, out)}) == 2
+        if (is_copy and not kwargs.get("non_blocking") and args[2:] != (True,)) or func.overloadpacket in _READS:
             self.syncs[_line()] += 1
 
 

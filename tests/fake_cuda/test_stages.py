@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 
+from dualparal.method import sampler as sampler_module
 from dualparal.method.plan import BlockPlan
 from dualparal.method.sampler import SamplerFactory
 from dualparal.method.schedule import Rules, Schedule, make_schedule
@@ -19,6 +20,7 @@ from dualparal.model.low_memory import Quantizer
 from dualparal.model.stage import JobShape, Stage
 from dualparal.model.vae import StreamingDecoder, to_uint8
 from dualparal.planning.sizes import WAN_1_3B, WAN_5B, WAN_14B
+from dualparal.request import SolverName
 from dualparal.ring import transport
 from dualparal.ring.denoiser import Denoiser
 from dualparal.ring.stage_loop import SpanLog
@@ -80,6 +82,11 @@ def run(stages: Sequence[Stage], schedule: Schedule, shape: JobShape, dtype: tor
             carried = out
     for stage in stages:
         stage.end()
+
+
+def waits_in(notes: Notes) -> list[tuple[str, int]]:
+    """Of each line that waits, its file and how often."""
+    return sorted((line.partition(":")[0], times) for line, times in notes.syncs.items())
 
 
 SPLITS = {"only": [range(NUM_LAYERS)], "three": [range(1), range(1, 2), range(2, 3)]}
@@ -144,7 +151,32 @@ def test_rank_0_waits_once_more_for_each_step(monkeypatch: pytest.MonkeyPatch) -
     ]
     num_steps = sum(item.is_whole for item in schedule.items)
     assert notes.syncs.pop("stream") == len(schedule.items)
-    assert [(line.partition(":")[0], times) for line, times in notes.syncs.items()] == [("denoiser.py", num_steps)]
+    assert waits_in(notes) == [("denoiser.py", schedule.plan.num_blocks), ("denoiser.py", num_steps)]  # a block's noise comes
+
+
+@pytest.mark.parametrize(("solver", "most_kernels"), [("unipc", 17), ("dpm++", 8), ("euler", 2)])
+def test_a_solver_waits_for_nothing(solver: SolverName, most_kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step multiplies by is known on the host; the multiplications are all that a card sees of it."""
+    notes = steps_of(solver, monkeypatch)
+    assert not notes.syncs
+    assert notes.kernels.total() <= NUM_STEPS * most_kernels, notes.kernels
+
+
+NUM_STEPS = 6
+
+
+def steps_of(solver: SolverName, monkeypatch: pytest.MonkeyPatch) -> Notes:
+    samplers = SamplerFactory(SOLVER, num_steps=NUM_STEPS, flow_shift=3.0, device="cpu", solver=solver)
+    with fake_card(monkeypatch) as notes:
+        samplers.timesteps = samplers._template.timesteps = samplers.timesteps.to(CARD)
+        latents = torch.empty(1, 16, 8, *LATENTS, device=CARD)
+        notes.syncs.clear()
+        notes.kernels.clear()
+        sampler = samplers.new()
+        for _ in range(NUM_STEPS):
+            latents = sampler.step(torch.empty_like(latents), latents)
+    assert latents.device == CARD
+    return notes
 
 
 class Wire:
@@ -223,7 +255,7 @@ def test_frames_come_to_the_host_once_a_block(dtype: torch.dtype, monkeypatch: p
             frames = to_uint8(decoder.decode(torch.empty(1, 16, length, 16, 24)))
             assert frames.dtype == torch.uint8 and frames.device.type == "cpu"
             assert tuple(frames.shape) == (4 * length - 3 * first, 128, 192, 3)
-    assert [(line.partition(":")[0], times) for line, times in notes.syncs.items()] == [("vae.py", 2)]
+    assert waits_in(notes) == [("vae.py", 1), ("vae.py", 1), ("vae.py", 2), ("vae.py", 2)]  # two tables; there and back
     assert bool(notes.products) == (dtype == torch.float32)
 
 
@@ -263,3 +295,10 @@ def test_a_wait_inside_a_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stage_module, "embed_patches", waiting)
     assert one_item(monkeypatch).syncs.keys() > {"stream"}
+
+
+def test_a_solver_that_works_on_the_card_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' own: numbers that depend on the step alone are brought to the card, worked out there, and solved for."""
+    monkeypatch.setattr(sampler_module, "SharedUniPC", UniPCMultistepScheduler)
+    notes = steps_of("unipc", monkeypatch)
+    assert notes.syncs.total() > 4 * NUM_STEPS and notes.kernels.total() > 60 * NUM_STEPS

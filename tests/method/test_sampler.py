@@ -10,6 +10,7 @@ from diffusers import UniPCMultistepScheduler
 
 from dualparal.errors import CheckpointError
 from dualparal.method.sampler import SamplerFactory, experts_of
+from dualparal.method.unipc import SharedUniPC
 
 CONFIG: dict[str, Any] = {
     "_class_name": "UniPCMultistepScheduler", "_diffusers_version": "0.33.0", "prediction_type": "flow_prediction",
@@ -43,6 +44,42 @@ def test_equals_the_plain_scheduler(steps: int, flow_shift: float) -> None:
         latents = sampler.step(prediction, latents)
     assert torch.equal(latents, plain(steps, flow_shift, start, given))
     assert len(factory.timesteps) == steps
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, {"disable_corrector": [0, 2]}, {"thresholding": True},
+        {"use_flow_sigmas": False, "prediction_type": "epsilon"}, {"use_karras_sigmas": True},
+    ],
+    ids=lambda settings: " ".join(settings) or "flow",
+)  # fmt: skip
+def test_numbers_of_a_step_that_are_worked_out_once_give_diffusers_bits(settings: dict[str, Any], order: int) -> None:
+    config = {**CONFIG, **settings, "solver_order": order}
+    plain = UniPCMultistepScheduler.from_config(config, flow_shift=3.0)
+    plain.set_timesteps(7)
+    factory = SamplerFactory(config, num_steps=7, flow_shift=3.0, device="cpu")
+    ours, latents = factory.new(), torch.randn(2, 3, 5, 6, 7)
+    theirs = latents
+    for t, prediction in zip(plain.timesteps, predictions(7, tuple(latents.shape)), strict=True):
+        latents = ours.step(prediction, latents)
+        theirs = plain.step(prediction, t, theirs, return_dict=False)[0]
+        assert torch.equal(latents, theirs)
+    assert latents.isfinite().all()
+
+
+def test_they_are_worked_out_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    work_out = SharedUniPC._work_out
+    monkeypatch.setattr(SharedUniPC, "_work_out", lambda self, *key: seen.append(key) or work_out(self, *key))
+    factory = SamplerFactory(CONFIG, num_steps=5, flow_shift=3.0, device="cpu")
+    for seed in range(3):
+        sampler, latents = factory.new(), torch.randn(1, 2, 3, 2, 2)
+        for prediction in predictions(5, (1, 2, 3, 2, 2), seed):
+            latents = sampler.step(prediction, latents)
+    assert len(seen) == len(set(seen)) == 5 + 4  # a predictor in each step, a corrector after each but the last
 
 
 def test_inputs_are_never_changed() -> None:
