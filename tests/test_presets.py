@@ -78,7 +78,7 @@ def test_wan_preset(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name, preset in SHIPPED.items() if preset.loras))
 def test_a_preset_for_few_steps_is_its_models_own_but_for_what_was_distilled(name: str) -> None:
-    fast, plain = SHIPPED[name], SHIPPED[re.sub("-[0-9]step$", "", name)]
+    fast, plain = SHIPPED[name], SHIPPED[re.sub("-([0-9]step|fast)$", "", name)]
     changed = {field for field in type(fast).model_fields if getattr(fast, field) != getattr(plain, field)}
     assert changed - {"guidance_scale_2", "flow_shift", "solver"} == {
         "name", "title", "loras", "num_inference_steps", "guidance_scale"

@@ -1,16 +1,14 @@
 """Distil the pocket model to few steps without guidance: a LoRA in place of twenty guided steps.
 
 The teacher is the shipped model with guidance. At each of the student's four noise levels the student learns the one velocity
-with which a single Euler step lands where the teacher's guided flow goes, followed by the midpoint rule (two guided
-evaluations). The states are those that the student comes to itself, from pure noise and a prompt: it needs no scene, and learns
-to go on from what it makes. No random target is regressed on, so that nothing is blurred.
-
-A block sees the next one a step noisier than it is itself, with four steps up to a quarter of the noise. So most windows end
-with such latents, and what is learnt of the others is still what the teacher does where all are alike.
+with which a single Euler step lands where the teacher's guided flow goes, followed by the midpoint rule. The states are those
+that the student comes to itself, from pure noise and a prompt, in films of several blocks made as the engine makes them
+(`training/films.py`): it needs no scene, learns to go on from what it makes, and sees its neighbours as it will see them. No
+random target is regressed on, so that nothing is blurred. Latents at a block's borders weigh more.
 
 `python -m training.distill --work FOLDER` trains, killed and started again it goes on; `--export FILE` writes what is there.
 
-Shapes: S steps of the student, b batch, z latent channels, t latents, 8 x 8 in space.
+Shapes: S steps of the student, f films, z latent channels, t latents, 8 x 8 in space.
 """
 
 from __future__ import annotations
@@ -19,8 +17,6 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +27,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from dualparal.model.feature_cache import SelfAttention, Surroundings
 from dualparal.model.source import POCKET_WEIGHTS
-from dualparal.pocket.world import training_prompts
 from training.checkpoints import Ema, TrainingLog, learning_rate, load_checkpoint, save_checkpoint
+from training.films import NUM_CAT, Caches, Films, Text, make_films
 from training.muon import Muon
 from training.text import TextAttention, with_zero_key
 from training.train_dit import TOKENS_PER_LATENT, object_weight
@@ -43,15 +40,13 @@ SHIFT = 3.0  # of its noise levels, the pocket model's own
 GUIDANCE = 2.5  # of the teacher, the pocket preset's
 RANK = 32
 TRAINING_STEPS, PEAK_RATE = 2000, 1.5e-3
-TOKENS_PER_STEP = 800
-WINDOW_LATENTS = (8, 24)
-AS_BLOCKS = 0.75  # share of training steps whose windows are as the engine's, the next block a step noisier
-RIGHT_LATENTS = (4, 8)  # of the next block in these
-USES = 8  # so many training steps for each batch that is made
-KEPT = 64  # batches to draw from
+BLOCKS_PER_STEP = 2  # of all films made together, so twice `NUM_FILMS` in one training step
+RECOMPUTED = 0.15  # share of passes whose left context is recomputed, as the engine does where a job can be saved
+BORDER_WEIGHT, BORDER_LATENTS = 2.0, 2  # of the loss, at either end of a block
+USES = 25  # so many training steps for each lot of films
+KEPT = 12  # lots to draw from
 LEVEL_SHARES = (0.2, 0.2, 0.25, 0.35)  # the last step does most of the work
-
-Text = tuple[torch.Tensor, torch.Tensor]
+MAX_LATENTS = 64  # that positions are laid out for
 
 
 def levels() -> list[float]:
@@ -88,8 +83,12 @@ class Student(nn.Module):
         self.transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
         self.requires_grad_(False).eval()
         self._attention = TextAttention()
-        for block in self.transformer.blocks:
+        self._selves = [SelfAttention(layer) for layer in range(len(self.transformer.blocks))]
+        for block, attention in zip(self.transformer.blocks, self._selves, strict=True):
+            block.attn1.set_processor(attention)
             block.attn2.set_processor(self._attention)
+        cos, sin = self.transformer.rope(torch.empty(1, 1, MAX_LATENTS, 8, 8, device="meta"))
+        self._rope = torch.complex(cos[0, :, 0, 0::2].float(), sin[0, :, 0, 1::2].float())
         self.loras: dict[str, LoraLinear] = {}
         for name, module in list(self.transformer.named_modules()):
             if isinstance(module, nn.Linear) and is_changed(name):
@@ -98,24 +97,34 @@ class Student(nn.Module):
                 setattr(self.transformer.get_submodule(parent), last, self.loras[name])
 
     def read(self, captions: list[str]) -> Text:
-        """Keys [b, 1 + n, d] of the captions and what pads them, for `velocity`."""
+        """Keys [f, 1 + n, d] of the captions and what pads them, for `pass_of`."""
         tokens = self.tokenizer(captions, padding=True, return_tensors="pt")
         with torch.no_grad():
             embedded = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return with_zero_key(embedded, tokens.attention_mask)
 
-    def velocity(self, x: torch.Tensor, level: torch.Tensor, text: Text, *, with_lora: bool) -> torch.Tensor:
-        """[b, z, t, 8, 8] at noise levels [b], or [b, n] for each token."""
+    def _velocity(self, x: torch.Tensor, level: float, text: Text, around: Surroundings, *, with_lora: bool) -> torch.Tensor:
         for lora in self.loras.values():
             lora.is_on = with_lora
+        for attention in self._selves:
+            attention.surroundings = around
         keys, self._attention.bias = text
-        velocity: torch.Tensor = self.transformer(x, 1000 * level, keys, return_dict=False)[0]
+        velocity: torch.Tensor = self.transformer(x, torch.full((len(x),), 1000 * level), keys, return_dict=False)[0]
         return velocity
 
-    def guided(self, x: torch.Tensor, level: torch.Tensor, text: Text, nothing: Text) -> torch.Tensor:
-        """The teacher's velocity."""
-        plain = self.velocity(x, level, nothing, with_lora=False)
-        return plain + GUIDANCE * (self.velocity(x, level, text, with_lora=False) - plain)
+    def pass_of(
+        self, x: torch.Tensor, level: float, text: Text, left: Caches | None, right: Caches | None, num_left: int = 0
+    ) -> tuple[torch.Tensor, Caches]:
+        """The student's velocity [f, z, t, 8, 8] of a window `x` with these K and V around it, and what the pass leaves; the
+        window's first `num_left` latents are the left block's and have no part in the velocity."""
+        around = Surroundings(self._rope, left=left and dict(left), right=right and dict(right))
+        around.tail = slice(-NUM_CAT * TOKENS_PER_LATENT, None)
+        return self._velocity(x, level, text, around, with_lora=True)[:, :, num_left:], dict(around.kept_tail)
+
+    def guided(self, x: torch.Tensor, level: float, text: Text, nothing: Text) -> torch.Tensor:
+        """The teacher's velocity of a window of its own."""
+        plain, asked = (self._velocity(x, level, one, Surroundings(self._rope), with_lora=False) for one in (nothing, text))
+        return plain + GUIDANCE * (asked - plain)
 
 
 def is_changed(name: str) -> bool:
@@ -123,106 +132,66 @@ def is_changed(name: str) -> bool:
     return name.startswith("blocks.") or name in ("condition_embedder.time_proj", "proj_out")
 
 
-@dataclass
-class Batch:
-    """Videos on their way: `x` [S, b, z, t, 8, 8] before each step, and in `target` the velocity to take there."""
-
-    x: torch.Tensor
-    target: torch.Tensor
-    captions: list[str]
-
-
-@torch.no_grad()
-def make_batch(student: Student, rng: np.random.Generator) -> Batch:
-    """The student's own way from noise, and where the teacher goes from each of its states."""
-    num_latents = int(rng.integers(WINDOW_LATENTS[0], WINDOW_LATENTS[1] + 1))
-    size = max(2, round(TOKENS_PER_STEP / (TOKENS_PER_LATENT * num_latents)))
-    known, grid = training_prompts(), levels()
-    captions = [known[int(i)].caption for i in rng.integers(len(known), size=size)]
-    text, nothing = student.read(captions), student.read([""] * size)
-    shape = (size, student.transformer.config.in_channels, num_latents, 8, 8)
-    states, targets = [torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))], []
-    for here, there in pairwise(grid):
-        x, half = states[-1], (here + there) / 2
-        first = student.guided(x, torch.full((size,), here), text, nothing)
-        targets.append(student.guided(x + (half - here) * first, torch.full((size,), half), text, nothing))
-        if there > 0:
-            velocity = student.velocity(x, torch.full((size,), here), text, with_lora=True)
-            states.append(x + (there - here) * velocity)
-    return Batch(torch.stack(states).half(), torch.stack(targets).half(), captions)
+def loss_of(student: Student, films: Films, rng: np.random.Generator) -> torch.Tensor:
+    """Mean square error of the velocity of one block at one step, with its neighbours' K and V as the films have them."""
+    block, step = int(rng.integers(len(films.x))), int(rng.choice(NUM_STEPS, p=LEVEL_SHARES))
+    x, target, level = films.x[block][step].float(), films.target[block][step].float(), levels()[step]
+    (left, right), window, num_left = films.around(block, step), x, 0
+    if block and rng.uniform() < RECOMPUTED:
+        left, num_left = None, NUM_CAT
+        window = torch.cat([films.x[block - 1][step].float()[:, :, -NUM_CAT:], x], dim=2)
+    velocity, _ = student.pass_of(window, level, student.read(films.captions), left, right, num_left)
+    weight = object_weight(x - level * target, torch.tensor(level)) * border_weight(x.shape[2])
+    return (weight * (velocity - target).square()).mean()
 
 
-def loss_of(student: Student, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
-    """Mean square error of the velocity at one step of each video, the object weighing more than the flat background."""
-    if rng.uniform() < AS_BLOCKS and batch.x.shape[3] > RIGHT_LATENTS[1]:
-        return _loss_as_blocks(student, batch, rng)
-    size = len(batch.captions)
-    step, each = torch.from_numpy(rng.choice(NUM_STEPS, size=size, p=LEVEL_SHARES)), torch.arange(size)
-    x, target, level = batch.x[step, each].float(), batch.target[step, each].float(), torch.tensor(levels())[step]
-    return _loss(student.velocity(x, level, student.read(batch.captions), with_lora=True), x, target, level)
-
-
-def _loss_as_blocks(student: Student, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
-    """The same of windows whose last latents, the next block's, are a step behind; at the first step it has not entered."""
-    num_latents, size = batch.x.shape[3], len(batch.captions)
-    own = num_latents - int(rng.integers(RIGHT_LATENTS[0], RIGHT_LATENTS[1] + 1))
-    step = int(rng.choice(NUM_STEPS, p=LEVEL_SHARES))
-    x, target = batch.x[step].float()[:, :, :own], batch.target[step].float()[:, :, :own]
-    level = torch.full((size, own), levels()[step])
-    window, at = x, level
-    if step:
-        window = torch.cat([x, batch.x[step - 1].float()[:, :, own:]], dim=2)
-        at = torch.cat([level, torch.full((size, num_latents - own), levels()[step - 1])], dim=1)
-    per_token = at.repeat_interleave(TOKENS_PER_LATENT, dim=1)  # [b, n]
-    velocity = student.velocity(window, per_token, student.read(batch.captions), with_lora=True)
-    return _loss(velocity[:, :, :own], x, target, level[:, 0])
-
-
-def _loss(velocity: torch.Tensor, x: torch.Tensor, target: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    s = level.view(-1, 1, 1, 1, 1)
-    return (object_weight(x - s * target, s) * (velocity - target).square()).mean()
+def border_weight(num_latents: int) -> torch.Tensor:
+    """Weights [t, 1, 1] of a block's latents, mean 1."""
+    weight = torch.ones(num_latents)
+    weight[:BORDER_LATENTS] = weight[-BORDER_LATENTS:] = BORDER_WEIGHT
+    return (weight / weight.mean())[:, None, None]
 
 
 def training_steps(work: Path, seed: int, num_steps: int, deadline_s: float = math.inf) -> Iterator[tuple[int, Student, Ema]]:
     """Train from the last checkpoint in `work`, or from the start, until `num_steps` or `deadline_s` (of `time.time`); the
-    rate falls with whichever is nearer. Yields after every checkpoint: steps done, student, averaged LoRA."""
+    rate falls with whichever is nearer. Yields after every checkpoint: steps done, student, averaged LoRA. Films are not
+    saved: one that goes on makes new ones first."""
     torch.manual_seed(seed)
     student = Student()
     matrices = nn.ModuleDict({name.replace(".", "/"): lora for name, lora in student.loras.items()})
     trained = [parameter for parameter in matrices.parameters() if parameter.requires_grad]
     optimizer, ema = Muon(trained, lr=PEAK_RATE), Ema(student, 0.99)
     ema.shadow = {name: value for name, value in ema.shadow.items() if name.endswith((".down", ".up"))}
-    kept: list[Batch] = []
+    kept: list[Films] = []
     log, first = TrainingLog(work / "distill.jsonl"), 0
     if state := load_checkpoint(work / "distill.pt"):
         student.load_state_dict(state["lora"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         ema.shadow, ema.step, first = state["ema"], state["step"], state["step"]
-        kept = [Batch(**batch) for batch in state["kept"]]
-    running, begun_s = 0.0, time.time()
+    losses, begun_s, channels = [], time.time(), student.transformer.config.in_channels
     for step in range(first, num_steps):
         rng = np.random.default_rng((seed, 4, step))
         if step % USES == 0 or not kept:
-            kept = [*kept[-KEPT + 1 :], make_batch(student, rng)]
-        batch = kept[-1] if step % USES == 0 else kept[int(rng.integers(len(kept)))]
+            kept = [*kept[-KEPT + 1 :], make_films(student, levels(), rng, channels)]
         done_share = max(step / num_steps, _share_of_time(first / num_steps, begun_s, deadline_s))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(round(done_share * num_steps), num_steps, peak=PEAK_RATE, warm_up=30)
-        loss = loss_of(student, batch, rng)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for _ in range(BLOCKS_PER_STEP):
+            loss = loss_of(student, kept[int(rng.integers(len(kept)))], rng) / BLOCKS_PER_STEP
+            loss.backward()
+            losses.append(loss.item())
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         _average(ema, student)
-        running += loss.item()
         done, is_over = step + 1, time.time() >= deadline_s
         if done % 10 == 0:
-            log.write(step=done, loss=round(running / 10, 5))
-            running = 0.0
+            log.write(step=done, loss=round(sum(losses) / 10, 5))
+            losses.clear()
         if done % 25 == 0 or done == num_steps or is_over:
             save_checkpoint(work / "distill.pt", {
                 "lora": {n: v for n, v in student.state_dict().items() if n in ema.shadow}, "ema": ema.shadow, "step": done,
-                "optimizer": optimizer.state_dict(), "kept": [vars(one) for one in kept],
+                "optimizer": optimizer.state_dict(),
             })  # fmt: skip
             yield done, student, ema
         if is_over:

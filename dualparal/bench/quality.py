@@ -89,6 +89,9 @@ def all_methods() -> dict[str, Method]:
         for n, c, every in ((8, 4, 0), (8, 4, 4), (8, 8, 0))
     ]
     methods += [_preview("cached", 8, c, 5, 4, refresh=0) for c in (8, 4)]
+    # Of few steps: neighbours a step apart, with the left one as it is or at the block's own noise, and further apart.
+    methods += [_preview(context, n, n, 4, 1) for context, n in itertools.product(CONTEXTS, (8, 4))]
+    methods += [_preview("cached", 8, 8, in_flight, stagger) for in_flight, stagger in ((2, 2), (4, 2), (1, 4))]
     methods.append(Method(name="paper 8+4, recomputed, guidance until 0.6", num_per_block=8, num_cat=4, guidance_stop=0.6))
     return {method.name: method for method in methods}
 
