@@ -17,11 +17,12 @@ KEEP_S = 60.0
 
 @dataclass(frozen=True)
 class Binned:
-    """A job in the bin: whose it is, and what it is called there."""
+    """A job in the bin: whose it is, what it is called there, and what was deleted with it (`batch`: the first of them)."""
 
     folder: JobFolder
     owner: str
     title: str
+    batch: str
     timer: threading.Timer
 
 
@@ -33,7 +34,7 @@ class Bin:
         self._lock = threading.Lock()
         self._jobs: dict[str, Binned] = {}
 
-    def put(self, folder: JobFolder, owner: str, title: str) -> None:
+    def put(self, folder: JobFolder, owner: str, title: str, batch: str = "") -> None:
         """Take an ended job out of sight. Raises `RequestError` when somebody works on it, `OutputError`."""
         held = claim(folder)
         try:
@@ -43,7 +44,7 @@ class Bin:
         timer = threading.Timer(self._keep_s, self._empty, [folder.job_id])
         timer.daemon = True
         with self._lock:
-            self._jobs[folder.job_id] = Binned(folder, owner, title, timer)
+            self._jobs[folder.job_id] = Binned(folder, owner, title, batch or folder.job_id, timer)
         timer.start()
 
     def take_back(self, job_id: object, owner: str) -> JobFolder:
@@ -57,10 +58,11 @@ class Bin:
         found.folder.take_back()
         return found.folder
 
-    def last(self, owner: str) -> Binned | None:
-        """What `owner` deleted last, while it can be had back."""
+    def last(self, owner: str) -> list[Binned]:
+        """What `owner` deleted last, together, while it can be had back."""
         with self._lock:
-            return next((found for found in reversed(self._jobs.values()) if found.owner == owner), None)
+            mine = [found for found in self._jobs.values() if found.owner == owner]
+        return [found for found in mine if found.batch == mine[-1].batch]
 
     def _empty(self, job_id: str) -> None:
         with self._lock:

@@ -302,20 +302,21 @@ def list_jobs(outputs: Path) -> Iterator[JobFolder]:
     """Every job folder under `outputs`, newest first. Other folders are left alone. Raises `OutputError` where it cannot be
     looked into."""
     try:
-        entries = [entry for entry in outputs.iterdir() if JOB_ID.fullmatch(entry.name) and _is_job(entry)]
+        names = [name for name in os.listdir(outputs) if JOB_ID.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise OutputError(f"{outputs} cannot be read: {error.strerror}") from None
-    for entry in sorted(entries, key=lambda path: path.name, reverse=True):
-        yield JobFolder(entry)
+    for name in sorted(names, reverse=True):
+        if _is_job(os.path.join(outputs, name)):
+            yield JobFolder(outputs / name)
 
 
-def _is_job(folder: Path) -> bool:
+def _is_job(folder: str) -> bool:
     """Whether there is a record, or a journal of one that is lost, in whatever state."""
     for name in ("request.json", "events.jsonl"):
         try:
-            (folder / name).lstat()
+            os.lstat(f"{folder}/{name}")
             return True
         except FileNotFoundError:
             continue
@@ -333,6 +334,6 @@ def finish_deleting(outputs: Path) -> None:
 def find_job(outputs: Path, job_id: object) -> JobFolder:
     """The folder of `job_id`; raises `RequestError` for a malformed or unknown id."""
     folder = JobFolder(outputs / check_job_id(job_id))
-    if not _is_job(folder.path):
+    if not _is_job(str(folder.path)):
         raise RequestError(f"there is no job {folder.job_id} here", "job_id")
     return folder

@@ -1,6 +1,6 @@
 // Runs once for each component with buttons of ours: they carry data-do and data-id, and each kind becomes an event of that
 // component. A gallery's posters play while one hovers over them; names are edited in place.
-const KINDS = ['show', 'halt', 'turn', 'reuse', 'remove', 'undo', 'resume', 'compare', 'star', 'again', 'carry', 'extend', 'frames', 'plain', 'all'];
+const KINDS = ['show', 'halt', 'turn', 'reuse', 'remove', 'undo', 'resume', 'compare', 'star', 'again', 'carry', 'extend', 'frames', 'plain', 'all', 'side'];
 const video = () => document.querySelector('#video video');
 
 const saveFrame = (button) => {
@@ -33,6 +33,27 @@ const rename = (button) => {
   field.select();
 };
 
+// Videos are chosen by their boxes, on whichever page of the gallery and wall of takes they are, to be shown side by side.
+const picked = (document.picked ??= new Set());
+const showPicked = () => {
+  for (const bar of document.querySelectorAll('.picked')) {
+    const {fewest, most} = bar.dataset;
+    bar.hidden = !picked.size;
+    bar.querySelector('b').textContent = picked.size < fewest ? 'one chosen, choose another' : `${picked.size} chosen`;
+    bar.querySelector('[data-do=side]').hidden = picked.size < fewest;
+    for (const box of document.querySelectorAll('[data-pick]')) {
+      box.checked = picked.has(box.dataset.pick);
+      box.disabled = picked.size >= most && !box.checked;
+    }
+  }
+};
+element.addEventListener('change', (event) => {
+  const {pick} = event.target.dataset;
+  if (!pick) return;
+  if (event.target.checked) picked.add(pick); else picked.delete(pick);
+  showPicked();
+});
+
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-do]');
   if (!button || button.disabled) return;
@@ -40,6 +61,9 @@ element.addEventListener('click', (event) => {
   if (kind === 'rename') { rename(button); return; }
   if (kind === 'frame') { saveFrame(button); return; }
   if (kind === 'own') { location.hash = `gallery=${encodeURIComponent(localStorage.getItem('dualparal-before'))}`; location.reload(); return; }
+  if (kind === 'unpick') { picked.clear(); showPicked(); return; }
+  if (kind === 'side') { trigger('side', {id: [...picked].join(',')}); return; }
+  if (kind === 'remove') { button.dataset.id.split(',').forEach((id) => picked.delete(id)); showPicked(); }
   if (kind === 'show' && element.closest('#gallery')) document.querySelector('#stage')?.scrollIntoView({behavior: 'smooth', block: 'start'});
   if (KINDS.includes(kind)) trigger(kind, {id: button.dataset.id});
 });
@@ -60,6 +84,7 @@ element.addEventListener('pointerout', (event) => {
   if (poster && !poster.contains(event.relatedTarget)) still(poster);
 });
 watch('value', () => {
+  if (element.querySelector('[data-pick]')) showPicked();
   const back = element.querySelector('.own-gallery');
   if (back) back.hidden = !localStorage.getItem('dualparal-before');
 });

@@ -33,6 +33,7 @@ def strip(found: Snapshot, root: str = "") -> str:
     num_steps = request.num_inference_steps
     steps = found.progress.block_steps if found.progress else ()
     cells, words, first, looked = [], [], 0, looks.cells(found, root)
+    sizes = sizes[: num_entered(found)] if request.is_endless else sizes
     for block, num_latents in enumerate(sizes):
         done = num_steps if block in ready else steps[block] if block < len(steps) else 0
         state = "ready" if block in ready else "moving" if done else "waiting"
@@ -46,15 +47,24 @@ def strip(found: Snapshot, root: str = "") -> str:
         )
         words.append(label)
         first += num_frames
-    total_s = request.num_frames / request.fps
-    summary = f"{len(ready)} of {len(sizes)} blocks ready"
+    total_s = first / request.fps
+    count = f"{len(ready)} block{'s' * (len(ready) != 1)}" if request.is_endless else f"{len(ready)} of {len(sizes)} blocks"
+    summary, end = f"{count} ready", "…" if request.is_endless and not found.is_ended else f"{total_s:.1f} s"
     dense = " dense" if len(sizes) > 48 else ""
     about = f'data-seconds="{total_s:.4f}" data-steps="{num_steps}" data-waits="{looks.waits(found)}"'
+    about += " data-endless" * request.is_endless
     return (
         f'<div class="strip{dense}" role="slider" tabindex="0" aria-label="place in the film" aria-valuemin="0" '
         f'aria-valuemax="{total_s:.1f}" aria-valuenow="0" aria-valuetext="{summary}" {about}>{"".join(cells)}</div>'
-        f'<div class="strip-scale"><span>0 s</span><span>{summary}</span><span>{total_s:.1f} s</span></div>'
+        f'<div class="strip-scale"><span>0 s</span><span>{summary}</span><span>{end}</span></div>'
     )
+
+
+def num_entered(found: Snapshot) -> int:
+    """Of an endless film, how many blocks have begun, at least one: what is planned ahead of them is nobody's promise."""
+    steps = found.progress.block_steps if found.progress else ()
+    entered = [block for block, done in enumerate(steps) if done]
+    return 1 + max((*(event.block for event in found.blocks), *entered), default=0)
 
 
 def meters(progress: Progress | None) -> str:

@@ -1,6 +1,7 @@
 """What is typed survives a reload, going back and a restart of the server: the tab's session storage keeps the form's values.
 
 The browser does it by itself, without asking the server. Files are not kept, nor what a form that was filled in does not show.
+A film that is to be continued is, with the fields that are shown only then.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import gradio as gr
 from dualparal.ui.form import NAMES, Form
 
 KEY = "dualparal-form"
-NOT_KEPT = ("start_image", "continue_from", "join", "stored")
+NOT_KEPT = ("start_image", "stored")
+CONTINUED = ("continue_from", "join")
 KEPT = tuple(name for name in NAMES if name not in NOT_KEPT)
 # Values go by name, so that a draft of an older page is not taken for something else; and one of another model is left.
 KEEP_JS = """(...values) => {
@@ -26,14 +28,17 @@ SHOW_JS = """() => {
   const names = %(names)s, same = {__type__: 'update'};
   let draft = null;
   try { draft = JSON.parse(sessionStorage.getItem('%(key)s') || 'null'); } catch {}
-  return names.map((name) => draft?.of === %(of)s && name in draft.values ? draft.values[name] : same);
+  const values = draft?.of === %(of)s ? draft.values : {};
+  const continued = values.continue_from ? {__type__: 'update', visible: true} : null;
+  return names.map((name) => !(name in values) ? same
+    : continued && %(continued)s.includes(name) ? {...continued, value: values[name]} : values[name]);
 }"""
 
 
 def keep(page: gr.Blocks, form: Form, own: str, **quiet: Any) -> None:
     """Keep the form's values as they change and show them when the page opens; `own` is the engine's preset."""
     parts = [form.parts[name] for name in KEPT]
-    about = {"names": json.dumps(KEPT), "key": KEY, "of": json.dumps(own)}
+    about = {"names": json.dumps(KEPT), "key": KEY, "of": json.dumps(own), "continued": json.dumps(CONTINUED)}
     page.load(None, None, parts, js=SHOW_JS % about, **quiet)
     gr.on([part.change for part in parts], None, parts, None, js=KEEP_JS % about, trigger_mode="multiple", **quiet)
 

@@ -192,7 +192,7 @@ def read(studio: Studio, values: Sequence[Any]) -> Settings:
     """
     found = dict(zip(NAMES, values, strict=True))
     stored, preset = found.pop("stored"), studio.preset(found.pop("preset"))
-    film, is_joined = (found.pop("continue_from") or "").strip(), found.pop("join")
+    film, is_joined = str(found.pop("continue_from") or "").strip(), found.pop("join")
     asked: dict[str, Any] = {"fps": preset.fps} if stored is None else asked_again(stored.model_dump(exclude_none=True))
     before = {"pace": pace.of_preset(preset)} if stored is None else _shown(studio, stored, preset)
     changed = {name: value for name, value in found.items() if name not in before or value != before[name]}

@@ -9,7 +9,10 @@ from dualparal.errors import DualParalError
 from dualparal.files import is_file
 from dualparal.jobs.folder import JobFolder
 from dualparal.jobs.notes import read_notes
+from dualparal.media.rough import COLUMNS
 from dualparal.media.writer import thumbnail
+from dualparal.method.rules import plan_of
+from dualparal.ui import side_by_side
 from dualparal.ui.panels import continue_button, file_url
 from dualparal.ui.snapshot import Snapshot
 from dualparal.ui.studio import Studio
@@ -38,20 +41,27 @@ def is_wanted(known: Known, wanted: str) -> bool:
 
 
 def render(
-    studio: Studio, found: Sequence[JobFolder], page: int, root: str, *, num_all: int, binned: tuple[str, str] | None = None,
-    can_carry: bool = False,
+    studio: Studio, found: Sequence[Sequence[JobFolder]], page: int, root: str, *, num_all: int,
+    binned: tuple[str, str] | None = None, can_carry: bool = False,
 ) -> tuple[str, int]:  # fmt: skip
-    """A page of the jobs `found`, of `num_all` in all, as HTML, and its number (the last page's if `page` is past the end).
-    `binned`: id and title of what was deleted last and can be had back."""
+    """A page of `found`, of `num_all` in all, as HTML, and its number (the last page's if `page` is past the end): a job
+    each, or takes of one request. `binned`: ids and title of what was deleted last and can be had back."""
     page = max(0, min(page, (len(found) - 1) // PER_PAGE))
-    shown = [(folder, studio.readable(folder)) for folder in found[page * PER_PAGE : (page + 1) * PER_PAGE]]
-    cards = "".join(_damaged(folder.job_id) if one is None else _card(one, root) for folder, one in shown)
+    cards = "".join(_cards(studio, group, root) for group in found[page * PER_PAGE : (page + 1) * PER_PAGE])
     body = f"<ul>{cards}</ul>" if cards else f'<p class="empty">{EMPTY if not num_all else "Nothing here is like that."}</p>'
     kind = "gallery" if num_all else "gallery none"
     return (
         f'<section class="{kind}">{_head(len(found), num_all, binned, can_carry)}{body}{_pager(len(found), page)}</section>',
         page,
     )
+
+
+def _cards(studio: Studio, group: Sequence[JobFolder], root: str) -> str:
+    """One card for a job or for several takes; what cannot be read has one of its own."""
+    read = [(folder, studio.readable(folder)) for folder in group]
+    there = sorted((one for _, one in read if one is not None), key=lambda one: one.take.number if one.take else 0)
+    damaged = "".join(_damaged(folder.job_id) for folder, one in read if one is None)
+    return damaged + ("" if not there else _card(there[0], root) if len(there) == 1 else _takes(there, root))
 
 
 def _head(num_found: int, num_all: int, binned: tuple[str, str] | None, can_carry: bool) -> str:
@@ -70,7 +80,8 @@ def _head(num_found: int, num_all: int, binned: tuple[str, str] | None, can_carr
             '<button type="button" data-do="carry" title="opens these videos in another browser, and nothing else of this one">'
             'Link to this gallery</button><input class="carried" readonly hidden aria-label="link to this gallery"></span>'
         )
-    return f"<header><h2>Your videos {count}</h2>{carry}</header>{undo}"
+    chosen = side_by_side.chosen() if num_all else ""
+    return f"<header><h2>Your videos {count}</h2>{chosen}{carry}</header>{undo}"
 
 
 def _pager(num_found: int, page: int) -> str:
@@ -99,8 +110,39 @@ def _damaged(job_id: str) -> str:
     )
 
 
-def _delete(job_id: str) -> str:
-    return _button("remove", job_id, "Delete", ' class="delete"')
+def _delete(job_id: str, label: str = "Delete") -> str:
+    return _button("remove", job_id, label, ' class="delete"')
+
+
+def _takes(takes: Sequence[Snapshot], root: str) -> str:
+    """Takes of one request: the picture of each shows it, the rest is about the one that was gone on with."""
+    lead = next((take for take in takes if take.video is not None), takes[0])
+    request, prompt = lead.request, safe(short(lead.request.all_text, 100)) or "no prompt"
+    pictures = "".join(
+        _poster_button(take, f"Show take {take.take.number + 1}, seed {take.request.seed}: {prompt}", root)
+        for take in takes
+        if take.take is not None
+    )
+    counts = {"finished": sum(take.state == "finished" for take in takes), "at rest": sum(take.is_resting for take in takes)}
+    seeds = ", ".join(str(take.request.seed) for take in takes)
+    ids = ",".join(take.job_id for take in takes)
+    facts = [f"{len(takes)} takes", *(f"{count} {word}" for word, count in counts.items() if count), f"seeds {seeds}"]
+    return (
+        f'<li class="takes" data-job="{safe(lead.job_id)}"><div class="mosaic">{pictures}</div>'
+        f'<p class="prompt" title="{safe(request.all_text)}">{prompt}</p><p class="facts">{" · ".join(facts)}</p>'
+        f'<p class="facts last"><span>{ago(lead.created_s)}</span>{side_by_side.box(lead)}</p>'
+        f'<div class="actions">{_button("reuse", lead.job_id, "Use settings")}{continue_button(lead)}'
+        f"{_delete(ids, f'Delete all {len(takes)}')}</div></li>"
+    )
+
+
+def _poster_button(found: Snapshot, label: str, root: str) -> str:
+    """`label` is safe."""
+    moving = f' data-video="{safe(file_url(found.video, root))}"' if found.video else ""
+    return (
+        f'<button type="button" class="poster" data-do="show" data-id="{safe(found.job_id)}" aria-label="{label}"{moving}>'
+        f"{_poster(found, root)}</button>"
+    )
 
 
 def _card(found: Snapshot, root: str) -> str:
@@ -132,12 +174,11 @@ def _card(found: Snapshot, root: str) -> str:
     )
     edit = _button("rename", job_id, "✎", f' class="edit" aria-label="name this video" data-name="{safe(notes.name)}"')
     name = f"<b>{safe(notes.name)}</b> " if notes.name else ""
-    moving = f' data-video="{safe(file_url(found.video, root))}"' if found.video else ""
     return (
-        f'<li data-job="{safe(job_id)}"><button type="button" class="poster" data-do="show" data-id="{safe(job_id)}" '
-        f'aria-label="Show: {safe(notes.name) or prompt}"{moving}>{_poster(found, root)}</button>{star}'
+        f'<li data-job="{safe(job_id)}">{_poster_button(found, f"Show: {safe(notes.name) or prompt}", root)}{star}'
         f'<p class="name">{name}{edit}</p><p class="prompt" title="{safe(request.all_text)}">{prompt}</p>'
-        f'<p class="facts">{" · ".join(facts)}</p><p class="facts">{ago(found.created_s)}</p>'
+        f'<p class="facts">{" · ".join(facts)}</p>'
+        f'<p class="facts last"><span>{ago(found.created_s)}</span>{side_by_side.box(found)}</p>'
         f'<div class="actions">{_button("reuse", job_id, "Use settings")}{continue_button(found)}{_delete(job_id)}</div></li>'
     )
 
@@ -150,5 +191,15 @@ def _poster(found: Snapshot, root: str) -> str:
         except DualParalError:
             return "<span>no picture</span>"
     if not is_file(poster):
-        return "<span>no frames</span>"
+        return _rough(found, root)
     return f'<img src="{safe(file_url(poster, root))}" alt="" loading="lazy">'
+
+
+def _rough(found: Snapshot, root: str) -> str:
+    """The first picture of the first block as it was last seen, out of its sheet (`media.rough`)."""
+    sheet = found.folder.look / "0000.jpg"
+    if not is_file(sheet):
+        return "<span>no frames</span>"
+    request, columns = found.request, min(COLUMNS, plan_of(found.request).lengths[0])
+    where = f"background:url({safe(file_url(sheet, root))}) 0 0 / {100 * columns}% auto"
+    return f'<i class="still" style="aspect-ratio:{request.width}/{request.height};{where}"></i>'

@@ -19,6 +19,7 @@ from dualparal.ui import api, draft, form, owners, panels, timeline
 from dualparal.ui.exports import Exports
 from dualparal.ui.live_video import LiveVideo
 from dualparal.ui.shelf import BUTTONS_JS, CARRIED_JS, Shelf
+from dualparal.ui.side_by_side import SideBySide
 from dualparal.ui.steering import QUIET, SteeringField, one_sentence
 from dualparal.ui.studio import Studio
 from dualparal.ui.wall import COUNTS, Wall
@@ -46,6 +47,7 @@ class Page:
         self.root = f"{root.rstrip('/')}/" if root else ""
         self.steering = SteeringField(studio, self._owner)
         self.wall = Wall(studio, self._owner, self.root)
+        self.side_by_side = SideBySide(studio, self._owner, self.root)
         self.exports = Exports(studio, self._owner, self.root)
         self.shelf = Shelf(studio, self._owner, self.root)
         self._following: dict[str, object] = {}  # session → what it follows now
@@ -111,6 +113,7 @@ class Page:
                 self.steering.build()
                 self.result = gr.HTML(apply_default_css=False, elem_id="result", js_on_load=BUTTONS_JS)
                 self.queue = gr.HTML(apply_default_css=False, elem_id="queue", js_on_load=BUTTONS_JS)
+        self.side_by_side.build()
         self.shelf.build()
         self.exports.build()
 
@@ -162,6 +165,7 @@ class Page:
         self._then_follow(self.result.resume(self._resume, [browser], self.job_id, **QUIET))
         self._then_follow(self.result.compare(self._compare, [browser], self.job_id, **QUIET))
         self.wall.wire(browser, self.job_id, self._then_follow, self._watch_this)
+        self.side_by_side.wire(browser, self.shelf.html, self.wall.html)
         self.exports.wire(browser, self.result)
         self.shelf.wire(
             browser, self.job_id, [self.video, self.board, self.result, self.idle], self._reuse, inputs, self._then_follow

@@ -139,11 +139,23 @@ def board(found: Snapshot, studio: Studio, root: str = "") -> str:
     return (
         f'<section class="board {found.state}" data-job="{safe(found.job_id)}" data-state="{found.state}">'
         f'<p class="headline"{alert}><i></i><b>{safe(head)}</b><span>{safe(detail)}</span>{first_words}</p>'
-        f'<div class="progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share * 100:.0f}" '
-        f'aria-label="progress"><i style="--done:{share:.4f}"></i></div>'
-        f"{timeline.shots_row(found.request)}"
+        f"{_progress_bar(found, share)}"
+        f"{timeline.shots_row(found.request, charts.num_entered(found) if found.request.is_endless else None)}"
         f"{charts.strip(found, root)}{charts.meters(progress if found.state == 'running' else None)}"
         f'{notice}<p class="asked">“{safe(short(found.request.all_text, 160))}”</p></section>'
+    )
+
+
+def _progress_bar(found: Snapshot, share: float) -> str:
+    """How far the job is, and in `data-told` what of it the tab's title says; a film without an end has no share of it."""
+    if found.request.is_endless:
+        told = f"{found.num_frames / found.request.fps:.1f} s"
+        about = f'aria-label="progress" aria-valuetext="{told} ready" data-told="{told}"'
+        return f'<div class="progress endless" role="progressbar" {about}><i></i></div>'
+    percent = f"{share * 100:.0f}"
+    return (
+        f'<div class="progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent}" '
+        f'aria-label="progress" data-told="{percent} %"><i style="--done:{share:.4f}"></i></div>'
     )
 
 

@@ -106,7 +106,8 @@ const rough = (() => {
     next.hidden = !isAwaited;
     if (!isAwaited || !over) return;
     if (next.parentNode !== over) over.append(next);
-    const text = `plays what is there; block ${awaited + 1} of ${all.length} is next`;
+    const of = 'endless' in all[0].cell.parentNode.dataset ? '' : ` of ${all.length}`;
+    const text = `plays what is there; block ${awaited + 1}${of} is next`;
     if (next.textContent !== text) next.textContent = text;
   };
   let hasLooped = false, numReady = 0;

@@ -63,6 +63,7 @@ log = logging.getLogger(__name__)
 # One that runs and a few that wait: enough for a visitor, and thirty-two of them fill no queue alone.
 OF_A_SERVER = {"max_per_owner": 4, "auto_resume": True}
 IN_HEAD = ("storage", "keys", "away")  # scripts that run before the page is there
+STYLES = ("style", "timeline", "side_by_side")
 MAX_CALLS = 2048  # under way at once: who follows a job holds one of them, which is a place in a list and no thread
 WAITING_CALLS = 256  # Gradio's own queue only carries calls; jobs wait in the engine's
 TINY_PRESET = Preset(
@@ -247,7 +248,7 @@ def launch(
             allowed_paths=sorted({str(outputs), str(outputs.resolve())}), max_file_size=MAX_UPLOAD_BYTES, show_error=False,
             strict_cors=True, enable_monitoring=False, state_session_capacity=MAX_SESSIONS, max_threads=MAX_CALLS,
             run_history=False, ssr_mode=False, share=False, pwa=False, footer_links=["api", "settings"], theme=theme(),
-            css="".join((HERE / f"{name}.css").read_text(encoding="utf-8") for name in ("style", "timeline")),
+            css="".join((HERE / f"{name}.css").read_text(encoding="utf-8") for name in STYLES),
             head=in_head(root),
             app_kwargs={
                 "routes": [*health_routes(studio), mount(access, root)],

@@ -102,11 +102,13 @@ class Shelf:
     def render(self, owner: str, page: int, search: str = "", wanted: str = "All") -> tuple[str, int]:
         """A page of what is asked for as HTML, and its number (the last one's if `page` is past the end)."""
         mine = self._studio.past(owner)
-        found = self.find(mine, search, FILTERS.get(wanted, gallery.ALL))
+        every = self._studio.grouped(mine)
+        picked = self.find(mine, search, FILTERS.get(wanted, gallery.ALL))
+        found = every if picked is mine else self._studio.grouped(picked)
         binned = self._studio.bin.last(owner)
         return gallery.render(
-            self._studio, found, page, self._root, num_all=len(mine),
-            binned=(binned.folder.job_id, binned.title) if binned else None,
+            self._studio, found, page, self._root, num_all=len(every),
+            binned=(",".join(one.folder.job_id for one in binned), binned[0].title) if binned else None,
             can_carry=bool(owner) and not owner.startswith("user:"),
         )  # fmt: skip
 
@@ -177,7 +179,8 @@ class Shelf:
     ) -> tuple[str, int]:
         owner = self._owner_of(token, request)
         try:
-            self._studio.bin.take_back(event.id, owner)
+            for job_id in str(event.id).split(","):
+                self._studio.bin.take_back(job_id, owner)
         except DualParalError as error:
             raise one_sentence(error) from None
         return self.render(owner, page, search, wanted)
@@ -186,13 +189,14 @@ class Shelf:
         self, token: str, page: int, search: str, wanted: str, watched: str, event: gr.EventData, request: gr.Request
     ) -> tuple[Any, ...]:
         """Delete a video, for a while only; where it is on the stage, the stage is empty afterwards."""
-        owner = self._owner_of(token, request)
+        owner, job_ids = self._owner_of(token, request), str(event.id).split(",")
         try:
-            self._studio.put_away(event.id, owner)
+            for job_id in job_ids:
+                self._studio.put_away(job_id, owner, batch=job_ids[0])
         except DualParalError as error:
             raise one_sentence(error) from None
         stage: tuple[Any, ...] = (gr.skip(),) * 5
-        if event.id == watched:
+        if watched in job_ids:
             stage = "", gr.update(value=None), "", "", gr.update(visible=True)
         return *self.render(owner, page, search, wanted), *stage
 

@@ -38,9 +38,9 @@ element.addEventListener('keydown', (event) => {
 const TITLE = 'DualParal Studio';
 let watched = '';  // a job that this tab has seen at work
 const entitle = (now) => {
-  const {state, job: id} = now.dataset, share = now.querySelector('.progress').getAttribute('aria-valuenow');
+  const {state, job: id} = now.dataset, {told} = now.querySelector('.progress').dataset;
   if (state === 'running' || state === 'queued') watched = id;
-  const mark = state === 'running' ? `${share} % · ` : watched !== id ? '' : {queued: '… ', finished: '✓ ', failed: '✗ '}[state] ?? '';
+  const mark = state === 'running' ? `${told} · ` : watched !== id ? '' : {queued: '… ', finished: '✓ ', failed: '✗ '}[state] ?? '';
   if (state !== 'away' && document.title !== mark + TITLE) document.title = mark + TITLE;
 };
 

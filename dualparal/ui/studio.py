@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from dualparal.jobs.claim import delete_job
 from dualparal.jobs.folder import JobFolder, check_job_id, find_job, list_jobs
 from dualparal.jobs.looks import rough_film
 from dualparal.jobs.notes import Notes, change_notes, read_notes
+from dualparal.jobs.takes import from_record as take_from_record
 from dualparal.planning.calibration import cache_folder
 from dualparal.planning.learnt import wait_s
 from dualparal.presets import PACKAGE, Preset
@@ -53,7 +54,7 @@ class Studio:
     operator_key: str = ""
     estimator: Estimator = field(init=False)
     bin: Bin = field(default_factory=Bin, init=False)
-    _owners: dict[str, str] = field(default_factory=dict, init=False)
+    _known: dict[str, tuple[str, str]] = field(default_factory=dict, init=False)  # job → its owner, its group of takes
     visitors: Visitors = field(init=False)
 
     def __post_init__(self) -> None:
@@ -278,8 +279,9 @@ class Studio:
         self.engine.forget(found.job_id)  # else it would be found, and compared, for a while
         return found
 
-    def put_away(self, job_id: object, owner: str = "") -> None:
-        """`delete` that can be undone for a while (`bin`); what cannot be read goes at once."""
+    def put_away(self, job_id: object, owner: str = "", batch: str = "") -> None:
+        """`delete` that can be undone for a while (`bin`), together with others of one `batch`; what cannot be read goes at
+        once."""
         try:
             found = self.find(job_id, owner)
         except OutputError:
@@ -289,7 +291,7 @@ class Studio:
             raise RequestError(f"job {found.job_id} is {found.state}; stop it before deleting it", "job_id")
         if (job := self.engine.job(found.job_id)) is not None:
             job.release()
-        self.bin.put(found.folder, owner, read_notes(found.folder).name or found.request.all_text or found.job_id)
+        self.bin.put(found.folder, owner, read_notes(found.folder).name or found.request.all_text or found.job_id, batch)
         self.engine.forget(found.job_id)
 
     def note(self, job_id: object, owner: str = "", *, name: str | None = None, is_starred: bool | None = None) -> Notes:
@@ -326,6 +328,15 @@ class Studio:
         folders = list_jobs(self.outputs) if owner else ()
         return [folder for folder in folders if folder.job_id not in running and self._owner_of(folder) == owner]
 
+    def grouped(self, folders: Sequence[JobFolder]) -> list[list[JobFolder]]:
+        """`folders` with takes of one request together, where the newest of them is."""
+        groups: dict[str, list[JobFolder]] = {}
+        for folder in folders:
+            self._owner_of(folder)
+            group = self._known.get(folder.job_id, ("", ""))[1] or folder.job_id
+            groups.setdefault(group, []).append(folder)
+        return list(groups.values())
+
     def readable(self, folder: JobFolder) -> Snapshot | None:
         """The job; None for a folder cut off while it was made or being deleted, or damaged."""
         try:
@@ -334,14 +345,20 @@ class Studio:
             return None
 
     def _owner_of(self, folder: JobFolder) -> str | None:
-        """Whose job it is, read once: records are written once."""
-        if (known := self._owners.get(folder.job_id)) is None:
-            if (known := folder.owner()) is None:
-                return None
-            while len(self._owners) >= MAX_OWNERS:
-                self._owners.pop(next(iter(self._owners)), None)
-            self._owners[folder.job_id] = known
-        return known
+        """Whose job it is; it and the takes that it belongs with are read once: records are written once."""
+        if (known := self._known.get(folder.job_id)) is None:
+            take = None
+            try:
+                record = folder.record()
+                owner, take = str(record.get("owner") or ""), take_from_record(record)
+            except OutputError:
+                if (by_journal := folder.owner()) is None:
+                    return None
+                owner = by_journal
+            while len(self._known) >= MAX_OWNERS:
+                self._known.pop(next(iter(self._known)), None)
+            known = self._known[folder.job_id] = (owner, take.group if take else "")
+        return known[0]
 
     def starts_in_s(self, job_id: str = "") -> float | None:
         """Seconds until the queued job `job_id`, or one that would be queued now, is expected to start; None while nothing is

@@ -37,17 +37,21 @@ def preview(settings: Settings) -> str:
     )
 
 
-def shots_row(settings: Settings) -> str:
-    """The shots, as wide as each is long; '' without."""
+def shots_row(settings: Settings, num_blocks: int | None = None) -> str:
+    """The shots, as wide as each is long, in the first `num_blocks` (None: all); '' without."""
     if not settings.shots:
         return ""
     cells, first, number = [], 0, 0
+    end = sum(_frames_of_blocks(plan_of(settings))[:num_blocks])
     goes_on = settings.continue_from is not None
     for scene in scenes_of(settings.shots):
         for place, latents in enumerate(scene):
             shot, number = settings.shots[number], number + 1
             begins_scene = place == 0 and not (goes_on and number == 1)
             num_frames = TEMPORAL_FACTOR * latents - (TEMPORAL_FACTOR - 1) * begins_scene
+            num_frames = min(num_frames, end - first) if num_blocks is not None else num_frames
+            if num_frames <= 0:
+                break
             how = "the film begins" if number == 1 else BEGINS[shot.transition]
             from_s, to_s = first / settings.fps, (first + num_frames) / settings.fps
             text = short(shot.prompt, 120) or "what the whole film shows"

@@ -13,8 +13,9 @@ from typing import Any
 import gradio as gr
 
 from dualparal.errors import DualParalError
+from dualparal.jobs.notes import read_notes
 from dualparal.method.rules import plan_of
-from dualparal.ui import owners, panels
+from dualparal.ui import owners, panels, side_by_side
 from dualparal.ui.looks import pictures
 from dualparal.ui.snapshot import Snapshot
 from dualparal.ui.steering import QUIET, one_sentence
@@ -43,6 +44,7 @@ class Wall:
         follow(self.html.resume(self._go_on, [browser], job_id, **QUIET))
         follow(self.html.all(self._all, [browser, job_id], job_id, **QUIET))
         self.html.remove(self._drop, [browser, job_id], self.html, **QUIET)
+        self.html.star(self._star, [browser, job_id], self.html, **QUIET)
 
     def render(self, owner: str, job_id: str) -> str:
         """The wall of the takes that `job_id` belongs with; '' where it is no take, or the only one left."""
@@ -59,7 +61,7 @@ class Wall:
         every = ""
         if num_resting:
             every = f'<button type="button" data-do="all" data-id="{safe(job_id)}">All {num_resting} to the end</button>'
-        return f'<section class="wall"><header><h3>Takes</h3>{every}</header><ol>{tiles}</ol></section>'
+        return f'<section class="wall"><header><h3>Takes</h3>{side_by_side.chosen()}{every}</header><ol>{tiles}</ol></section>'
 
     def _tile(self, take: Snapshot, is_shown: bool) -> str:
         assert take.take is not None
@@ -72,11 +74,16 @@ class Wall:
             f'<button type="button" data-do="resume" data-id="{job_id}">Go on with this one</button>' if take.is_resting else ""
         )
         drop = f'<button type="button" data-do="remove" data-id="{job_id}">Drop</button>' if take.is_ended else ""
+        is_starred = str(read_notes(take.folder).is_starred).lower()
+        star = (
+            f'<button type="button" class="star" data-do="star" data-id="{job_id}" aria-pressed="{is_starred}" '
+            f'aria-label="star {name}">{"★" if is_starred == "true" else "☆"}</button>'
+        )
         shown = ' aria-current="true"' if is_shown else ""
         return (
             f'<li{shown}><button type="button" class="look" data-do="show" data-id="{job_id}" aria-label="Show {name}" '
             f'data-looks="{safe(json.dumps(looks))}"><canvas></canvas></button>'
-            f"<p><b>seed {take.request.seed}</b> {safe(head)}</p><div>{go_on}{drop}</div></li>"
+            f"<p><b>seed {take.request.seed}</b> {safe(head)}</p><div>{go_on}{drop}{star}{side_by_side.box(take)}</div></li>"
         )
 
     def _go_on(self, token: str, event: gr.EventData, request: gr.Request) -> str:
@@ -98,9 +105,17 @@ class Wall:
         return gone_on[0]
 
     def _drop(self, token: str, watched: str, event: gr.EventData, request: gr.Request) -> str:
+        return self._changed(self._studio.put_away, token, watched, event, request)
+
+    def _star(self, token: str, watched: str, event: gr.EventData, request: gr.Request) -> str:
+        return self._changed(self._studio.note, token, watched, event, request)
+
+    def _changed(
+        self, change: Callable[[Any, str], Any], token: str, watched: str, event: gr.EventData, request: gr.Request
+    ) -> str:
         owner = self._owner_of(token, request)
         try:
-            self._studio.put_away(event.id, owner)
+            change(event.id, owner)
         except DualParalError as error:
             raise one_sentence(error) from None
         return self.render(owner, watched)

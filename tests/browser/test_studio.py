@@ -32,6 +32,26 @@ def test_what_is_typed_survives(visit: Any, server: Server) -> None:  # noqa: F8
     assert visit().input_value("#prompt textarea") == "", "another visitor's form is empty"
 
 
+def test_a_film_that_is_to_be_continued_survives(visit: Any, server: Server) -> None:  # noqa: F811
+    page = visit()
+    ask(page, "the first of two", 8)
+    wait_state(page, "finished")
+    job = str(page.get_attribute(".board", "data-job"))
+    page.click("#gallery [data-do=extend]")
+    wait_value(page, "#continue-from :is(input, textarea)", job)
+    page.click("#join input")
+    page.wait_for_function("JSON.parse(sessionStorage.getItem('dualparal-form')).values.join === false")
+    visit.reload(page)
+    wait_value(page, "#continue-from :is(input, textarea)", job)
+    assert page.is_visible("#continue-from") and page.is_visible("#join") and not page.is_checked("#join input")
+    page.fill("#continue-from :is(input, textarea)", "")
+    page.keyboard.press("Tab")
+    page.wait_for_function("JSON.parse(sessionStorage.getItem('dualparal-form')).values.continue_from === ''")
+    visit.reload(page)
+    wait_value(page, "#prompt textarea", "the first of two")
+    assert not page.is_visible("#continue-from")
+
+
 def test_the_title_tells_how_far_it_is(visit: Any, server: Server) -> None:  # noqa: F811
     server.groups.slow_at = 2
     page = visit()

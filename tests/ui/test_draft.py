@@ -11,7 +11,7 @@ from dualparal.ui import draft, form
 from dualparal.ui.page import Page
 from dualparal.ui.studio import Studio
 from tests.page_server import GRADIO_WARNINGS, PAGE_PRESET
-from tests.ui.test_parts import engine, studio  # noqa: F401
+from tests.ui.test_parts import engine, made, studio  # noqa: F401
 
 pytestmark = GRADIO_WARNINGS
 
@@ -28,6 +28,17 @@ def test_the_estimate_is_of_what_was_typed(studio: Studio) -> None:  # noqa: F81
     assert "12.1</b> s" in page._estimate(*values)[0]
     bad = draft.values_of(kept(seconds=-5), "pocket", defaults)
     assert bad is not None and "more than 0 seconds" in page._estimate(*bad)[0]
+
+
+def test_a_film_that_is_to_be_continued_is_kept(studio: Studio) -> None:  # noqa: F811
+    film, defaults = made(studio, seconds=8, num_inference_steps=2), form.defaults(PAGE_PRESET)
+    values = draft.values_of(kept(prompt="and on", continue_from=film.job_id, join=False), "pocket", defaults)
+    assert values is not None
+    read = form.read(studio, values)
+    assert read.continue_from == film.job_id and read.join is False
+    for nonsense in (3, ["x"], {"a": 1}, "../../etc"):
+        values = draft.values_of(kept(prompt="and on", continue_from=nonsense), "pocket", defaults)
+        assert values is not None and "estimate" in Page(studio)._estimate(*values)[0]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from dualparal.jobs.folder import finish_deleting
 from dualparal.jobs.notes import read_notes
 from dualparal.media.exports import frames_zip, without_settings
 from dualparal.media.metadata import describe, read_settings
+from dualparal.request import GenerationRequest
 from dualparal.ui import panels
 from dualparal.ui.gallery import PER_PAGE
+from dualparal.ui.shelf import Shelf
 from dualparal.ui.studio import Studio
 from tests.conftest import wait_until
 from tests.page_server import GRADIO_WARNINGS
 from tests.ui.test_parts import engine, gallery_of, made, studio  # noqa: F401
+from tests.ui.test_takes import ASKED, finish
 
 pytestmark = GRADIO_WARNINGS
 
@@ -129,3 +133,40 @@ def test_a_page_reads_only_its_own_cards(studio: Studio, monkeypatch: pytest.Mon
     monkeypatch.setattr(studio, "readable", readable)
     shown, _ = gallery_of(studio, "me")
     assert len(asked) == PER_PAGE == len(prompts(shown)) and f"<span>{PER_PAGE + 3}</span>" in shown
+
+
+def test_takes_are_one_card(studio: Studio) -> None:  # noqa: F811
+    made(studio, prompt="before")
+    takes = [take.job_id for take in studio.submit_takes(GenerationRequest(**ASKED | {"seed": 7}), 3, owner="me")]
+    for job_id in takes:
+        finish(studio, job_id)
+    made(studio, prompt="after")
+    shown, _ = gallery_of(studio, "me")
+    cards = shown.split("<li ")[1:]
+    assert len(cards) == 3 and "<span>3</span>" in shown
+    assert "after" in cards[0] and "before" in cards[2], "where it was made"
+    assert cards[1].count('class="poster"') == 3 and "3 takes · 3 at rest · seeds 7, 8, 9" in cards[1]
+    assert 'aria-label="Show take 2, seed 8: a kite"' in cards[1] and "data-pick" not in cards[1]
+    studio.resume(takes[1], "me")
+    finish(studio, takes[1])
+    card = gallery_of(studio, "me")[0].split("<li ")[2]
+    assert "1 finished · 2 at rest" in card and f'data-pick="{takes[1]}"' in card and f'data-job="{takes[1]}"' in card
+    found = gallery_of(studio, "me", 0, "8")[0].split("<li ")[1:]
+    assert len(found) == 1 and "take 2 of 3" in found[0], "only one of them has this seed"
+
+
+def test_takes_are_deleted_and_had_back_together(studio: Studio) -> None:  # noqa: F811
+    takes = [take.job_id for take in studio.submit_takes(GenerationRequest(**ASKED), 2, owner="me")]
+    for job_id in takes:
+        finish(studio, job_id)
+    other = made(studio)
+    shelf, http = Shelf(studio, lambda *_: "me", ""), SimpleNamespace(username=None)
+    studio.put_away(other.job_id, "me")
+    ids = ",".join(takes)
+    assert f'data-do="remove" data-id="{ids}"' in gallery_of(studio, "me")[0]
+    told = shelf._delete("", 0, "", "All", takes[1], SimpleNamespace(id=ids), http)  # type: ignore[arg-type]
+    assert "Undo" in told[0] and f'data-id="{ids}"' in told[0] and told[2] == "", "one of them was on the stage"
+    assert [folder.job_id for folder in studio.past("me")] == []
+    shelf._undo("", 0, "", "All", SimpleNamespace(id=ids), http)  # type: ignore[arg-type]
+    assert sorted(folder.job_id for folder in studio.past("me")) == sorted(takes)
+    assert f'data-id="{other.job_id}"' in gallery_of(studio, "me")[0], "what was deleted before can still be had back"

@@ -11,15 +11,17 @@ import pytest
 
 from dualparal import RequestError, Steered
 from dualparal.jobs.folder import JobFolder
+from dualparal.method.rules import plan_of
 from dualparal.method.timeline import written
+from dualparal.presets import complete
 from dualparal.request import GenerationRequest
-from dualparal.ui import form, panels, timeline
+from dualparal.ui import charts, form, panels, timeline
 from dualparal.ui.api import Calls
 from dualparal.ui.page import Page
 from dualparal.ui.studio import Studio
 from tests.conftest import wait_until
 from tests.fake_group import GroupLog, Make
-from tests.page_server import ON_PAGE
+from tests.page_server import ON_PAGE, PAGE_PRESET
 
 HTTP: Any = SimpleNamespace(username=None, client=None, session_hash="tab")
 OWNER = "someone's own secret"
@@ -133,6 +135,32 @@ def test_an_endless_film_is_finished_over_the_api(studio: Studio, group_log: Gro
     assert job is not None and job.result(30).num_frames == told["num_frames"] == job.request.num_frames
     with pytest.raises(RequestError, match="is finished; only a running film is wrapped up"):
         calls.finish(HTTP, job_id, OWNER)
+
+
+def test_the_board_of_an_endless_film_promises_no_end(studio: Studio, group_log: GroupLog) -> None:
+    job_id = endless(studio)
+    found = studio.find(job_id, studio.owner_of(OWNER))
+    shown, entered = panels.board(found, studio), charts.num_entered(found)
+    assert 2 <= entered < len(plan_of(found.request).lengths), "more is planned than has begun"
+    assert shown.count('class="block ') == entered and "2 blocks ready" in shown and "<span>…</span>" in shown
+    assert (
+        "aria-valuenow" not in shown.split('class="progress')[1].split(">")[0] and "%" not in shown.split('data-told="')[1][:12]
+    )
+    studio.cancel(job_id, studio.owner_of(OWNER))
+    assert wait_until(lambda: studio.find(job_id, studio.owner_of(OWNER)).is_ended, 30)
+    found = studio.find(job_id, studio.owner_of(OWNER))
+    stopped = panels.board(found, studio)
+    assert stopped.count('class="block ') == charts.num_entered(found) < 8 and "<span>…</span>" not in stopped
+
+
+def test_the_shots_of_an_endless_film_end_with_its_blocks() -> None:
+    film = GenerationRequest(prompt="[2s] a kite\n[3s] a boat", is_endless=True, num_per_block=4, num_cat=2)
+    settings = complete(film, PAGE_PRESET)
+    assert timeline.shots_row(settings, 1).count('class="shot') == 1
+    assert timeline.shots_row(settings, 6).count('class="shot') == timeline.shots_row(settings).count('class="shot') == 2
+    widths = [int(part.split('"')[0]) for part in timeline.shots_row(settings, 6).split("flex-grow:")[1:]]
+    plan = plan_of(settings)
+    assert sum(widths) == sum(plan.num_frames_of(block) for block in range(6))
 
 
 def test_an_endless_film_is_finished_on_the_page(studio: Studio, group_log: GroupLog) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio.http_server
+import gradio.networking
 import gradio.route_utils
 import gradio.routes
 import uvicorn.config
@@ -51,14 +52,16 @@ def own_server() -> Iterator[None]:
     no source for changes. Files are sent by `WholeFileResponse`, from then on: Gradio looks it up with each request."""
     gradio.route_utils.FileResponse = WholeFileResponse
     http, loggers = gradio.http_server, uvicorn.config.LOGGING_CONFIG["loggers"]
-    before = gradio.routes.CustomCORSMiddleware, http.LOCALHOST_NAME, http.get_space
+    networking = gradio.networking
+    before = gradio.routes.CustomCORSMiddleware, http.LOCALHOST_NAME, http.get_space, networking.url_ok
     gradio.routes.CustomCORSMiddleware = _NoCors
     http.LOCALHOST_NAME = "127.0.0.1"  # where it looks whether a port is free; it cannot at an IPv6 address
     http.get_space = lambda: None  # else a thread looks for the package that a Space changes its code with
+    networking.url_ok = lambda _: True  # it gives up where a busy machine has not answered within 3 s
     uvicorn.config.LOGGING_CONFIG["loggers"] = {}  # uvicorn's own write lines of their own form
     try:
         with patient_server():
             yield
     finally:
-        gradio.routes.CustomCORSMiddleware, http.LOCALHOST_NAME, http.get_space = before
+        gradio.routes.CustomCORSMiddleware, http.LOCALHOST_NAME, http.get_space, networking.url_ok = before
         uvicorn.config.LOGGING_CONFIG["loggers"] = loggers
