@@ -26,6 +26,7 @@ def one_rank(rank: int, ranks: int, port: int, folder: Path, request: Settings, 
     import torch.distributed as dist
     from diffusers import WanPipeline
 
+    from dualparal.method.grid import Grid
     from dualparal.method.noise import coordinated_noise
     from dualparal.method.rules import plan_of, rules_of
     from dualparal.method.sampler import SamplerFactory
@@ -47,7 +48,7 @@ def one_rank(rank: int, ranks: int, port: int, folder: Path, request: Settings, 
     if ranks > 1:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        links = DistributedLinks(rank, ranks, device=torch.device("cpu"), timeout_s=3600, key=b"benchmark")
+        links = DistributedLinks(rank, Grid(ranks), device=torch.device("cpu"), timeout_s=3600, key=b"benchmark")
     line.send("loaded")
     line.recv()
 

@@ -20,6 +20,7 @@ from benchmarks.common import checkpoint, hardware, table
 from benchmarks.timed_stage import FORWARD_MS
 from dualparal import Engine, GenerationRequest, Settings
 from dualparal.method.event_model import Forecast, even_cost, forecast
+from dualparal.method.grid import Grid
 from dualparal.method.rules import plan_of, rules_of
 from dualparal.method.schedule import make_schedule
 
@@ -31,11 +32,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def predicted(request: Settings, ranks: int, forward_s: float) -> Forecast:
+def predicted(request: Settings, grid: Grid, forward_s: float) -> Forecast:
     """What the event model says of a settled request, in seconds."""
     schedule = make_schedule(rules_of(request), plan_of(request), (0,) * request.num_inference_steps)
-    cost = even_cost(schedule, ranks)
-    return forecast(schedule, ranks, lambda item, rank: cost(item, rank) * forward_s)
+    cost = even_cost(schedule, grid.stages)
+    return forecast(schedule, grid.stages, lambda item, rank: cost(item, rank) * forward_s, rings=grid.guidance)
 
 
 def measured(folder: Path, num_steps: int) -> Forecast:
@@ -53,6 +54,7 @@ def measured(folder: Path, num_steps: int) -> Forecast:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--guidance_parallel", type=int, default=1, choices=(1, 2), help="rings that the ranks form")
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--forward-ms", type=float, default=400.0, help="an ordinary block step over all layers")
@@ -71,12 +73,18 @@ def main() -> None:
         with (
             tempfile.TemporaryDirectory() as outputs,
             Engine(
-                folder, ranks=ranks, device="cpu", threads=1, outputs=outputs, worker_hook="benchmarks.timed_stage:install"
+                folder,
+                ranks=ranks,
+                guidance_parallel=options.guidance_parallel,
+                device="cpu",
+                threads=1,
+                outputs=outputs,
+                worker_hook="benchmarks.timed_stage:install",
             ) as engine,
         ):
             for name, changes in METHODS.items():
                 request = engine.resolve(base.model_copy(update=changes))
-                model = predicted(request, ranks, options.forward_ms / 1000)
+                model = predicted(request, engine.grid, options.forward_ms / 1000)
                 run = measured(Path(engine.submit(request).result().path).parent, options.steps)
                 first_of_paper = first_of_paper or run.first_block
                 rows.append([

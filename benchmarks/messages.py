@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import hardware, table
+from dualparal.method.grid import Grid
 from dualparal.ring import transport
 
 
@@ -26,7 +27,7 @@ def one_end(rank: int, port: int, is_reused: bool, num_elements: int, count: int
         transport._buffers.give_back = lambda buffer: None  # type: ignore[method-assign]
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    links = transport.DistributedLinks(rank, 2, device=torch.device("cpu"), timeout_s=600, key=b"benchmark")
+    links = transport.DistributedLinks(rank, Grid(2), device=torch.device("cpu"), timeout_s=600, key=b"benchmark")
     out, into = links.outgoing, links.incoming
     assert out is not None and into is not None
     hidden = torch.ones(num_elements)

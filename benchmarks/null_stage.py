@@ -37,7 +37,8 @@ class NullStage:
 
     def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None:
         if self._stage.is_last:
-            return torch.zeros(self._stage.prediction_shape(item)) if item.is_whole else None
+            is_there = item.is_whole or self._stage.ring is not None
+            return torch.zeros(self._stage.prediction_shape(item)) if is_there else None
         return torch.zeros(self._stage.hidden_shape(item))
 
 

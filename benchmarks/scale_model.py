@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks.common import table
 from dualparal.method.event_model import Forecast, forecast
+from dualparal.method.grid import Grid
 from dualparal.method.rules import rules_of
 from dualparal.planning.layer_split import split_layers
 from dualparal.planning.memory import memory_plan, workload_of
@@ -22,23 +23,28 @@ from dualparal.request import GenerationRequest, Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One job on `ranks` GPUs."""
+    """One job on `ranks` GPUs, in `guidance` rings."""
 
     preset: Preset
     ranks: int
     seconds: float
     schedule: str = "paper"
     context: str = "recomputed"
+    guidance: int = 1
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.of(self.ranks, self.guidance)
 
     @property
     def request(self) -> Settings:
         asked = GenerationRequest(prompt="any", seconds=self.seconds, schedule=self.schedule, context=self.context)
-        return complete(asked, self.preset, ranks=self.ranks)
+        return complete(asked, self.preset, ranks=self.grid.stages, rings=self.guidance)
 
     @property
     def workload(self) -> Workload:
         config, _, _ = PUBLISHED_MODELS[self.preset.model]
-        layers = [len(stage) for stage in split_layers(DiTSizes.of(config).num_layers, self.ranks)]
+        layers = [len(stage) for stage in split_layers(DiTSizes.of(config).num_layers, self.grid.stages)]
         return workload_of(self.request, config, layers, rules=rules_of(self.request))
 
     def message_bytes(self) -> int:
@@ -50,12 +56,17 @@ class Case:
     def forecast(self, flops: float, link_bytes_per_s: float = float("inf")) -> Forecast:
         work = self.workload
         transfer = self.message_bytes() / link_bytes_per_s
-        return forecast(work.schedule, self.ranks, work.cost(flops), transfer=transfer)
+        cost = work.cost(flops)
+        return forecast(
+            work.schedule, self.grid.stages, lambda item, rank: cost(item, self.grid.stage_of(rank)), rings=self.guidance,
+            transfer=transfer,
+        )  # fmt: skip
 
     def gigabytes_per_gpu(self) -> float:
         """Without the codec, which has a card of its own here."""
         preset = self.preset
-        return memory_plan(self.workload, height=preset.height, width=preset.width).most / 1e9
+        plan = memory_plan(self.workload, height=preset.height, width=preset.width, rings=self.grid.rings)
+        return plan.most / 1e9
 
 
 def by_gpus(preset: Preset, seconds: float, flops: float) -> str:
@@ -70,6 +81,20 @@ def by_gpus(preset: Preset, seconds: float, flops: float) -> str:
         rows.append([ranks, *(f"{number:.1f}" for number in numbers)])
     heads = ["GPUs", "minutes", "speed-up", "busy %", "first frames, min (paper)", "(preview, cached)", "GB a GPU"]
     return table(heads, rows)
+
+
+def by_rings(preset: Preset, seconds: float, flops: float) -> str:
+    """One ring of all GPUs against two of half as many."""
+    rows = []
+    for ranks in (2, 4, 8, 16):
+        row: list[object] = [ranks]
+        for guidance in (1, 2):
+            case = Case(preset=preset, ranks=ranks, seconds=seconds, schedule="preview", context="cached", guidance=guidance)
+            seen = case.forecast(flops)
+            row += [f"{seen.first_block / 60:.1f}", f"{seen.total / 60:.1f}", f"{case.gigabytes_per_gpu():.1f}"]
+        rows.append(row)
+    one, two = (["first frames, min", "all, min", "GB a GPU"], ["two rings: first", "all", "GB"])
+    return table(["GPUs", *one, *two], rows)
 
 
 def by_length(preset: Preset, ranks: int, flops: float) -> str:
@@ -101,6 +126,7 @@ def main() -> None:
     presets = load_presets()
     preset, flops = presets[options.preset], options.tflops * 1e12
     print(f"{preset.title}, {options.tflops:g} TFLOP/s a GPU\n\n60 s of video:\n{by_gpus(preset, 60, flops)}")
+    print(f"\n60 s of video, preview with cached context:\n{by_rings(preset, 60, flops)}")
     print(f"\n4 GPUs:\n{by_length(preset, 4, flops)}")
     print(f"\n8 GPUs, 60 s, by link:\n{by_link(preset, 8, 60, flops)}")
 

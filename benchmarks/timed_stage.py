@@ -22,14 +22,15 @@ FORWARD_MS = "DUALPARAL_BENCH_FORWARD_MS"  # what an ordinary block step costs o
 class TimedStage(NullStage):
     """A null stage whose `run` takes its share of one forward."""
 
-    def __init__(self, stage: Any, ranks: int) -> None:
+    def __init__(self, stage: Any, stages: int) -> None:
+        """Of a ring of so many `stages`."""
         super().__init__(stage)
-        self._ranks = ranks
+        self._stages = stages
         self._unit_s = float(os.environ[FORWARD_MS]) / 1000
 
     def begin(self, shape: Any, schedule: Schedule, conditions: Any) -> None:
         super().begin(shape, schedule, conditions)
-        self._cost = even_cost(schedule, self._ranks)
+        self._cost = even_cost(schedule, self._stages)
 
     def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None:
         until_s = time.monotonic() + self._cost(item, 0) * self._unit_s
@@ -40,4 +41,4 @@ class TimedStage(NullStage):
 
 def install(*, rank: int | None, **parts: Any) -> dict[str, Any]:
     """Worker hook: every rank gets a sleeping stage."""
-    return {} if rank is None else {"stage": TimedStage(parts["stage"], parts["links"].ranks)}
+    return {} if rank is None else {"stage": TimedStage(parts["stage"], parts["links"].grid.stages)}

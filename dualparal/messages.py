@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dualparal.events import Steered, WrappedUp
+from dualparal.method.grid import Grid
 from dualparal.method.plan import BlockPlan
 from dualparal.method.schedule import Rules
 from dualparal.model.lora_source import Lora
@@ -51,6 +52,10 @@ class WorkerOptions:
     @property
     def ranks(self) -> int:
         return len(self.layers)
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.of(self.ranks, self.engine.guidance_parallel)
 
 
 @dataclass(frozen=True, kw_only=True)

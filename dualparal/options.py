@@ -44,8 +44,12 @@ class EngineOptions(BaseModel):
 
     ranks: int = option(1, "processes (GPUs) that share the model's layers", metavar="N")
     replicas: int = option(1, "independent groups of ranks behind one queue", metavar="N", of="server")
+    guidance_parallel: int = option(
+        1, "2: the guidance halves of a block step side by side, each on half of the ranks (bits do not depend on it)",
+        metavar="1|2",
+    )  # fmt: skip
     layer_split: tuple[int, ...] | Literal["auto"] | None = option(
-        None, "layers per rank: the fastest, or these; even if left out (bits do not depend on it)", metavar="auto|N,N,..."
+        None, "layers per stage: the fastest, or these; even if left out (bits do not depend on it)", metavar="auto|N,N,..."
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the ranks run")
     dtype: str | None = option(
@@ -113,6 +117,13 @@ class EngineOptions(BaseModel):
             what = f"{info.field_name}={shown(number)} is not a number of {_COUNTED[str(info.field_name)]}; use 1 or more"
             raise RequestError(what, info.field_name)
         return number
+
+    @field_validator("guidance_parallel", mode="before")
+    @classmethod
+    def _one_or_two(cls, given: Any) -> int:
+        if isinstance(given, bool) or given not in (1, 2):
+            raise RequestError(f"guidance_parallel={shown(given)} is not known; use 1 or 2", "guidance_parallel")
+        return int(given)
 
     @field_validator("dtype", "vae_dtype", mode="before")
     @classmethod
@@ -216,6 +227,8 @@ def recorded(record: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """`given`, with what a job's record says of the options that are not given: how the job goes on as it began."""
     found = {name: record[name] for name in of("job") if record.get(name) is not None}
     if "ranks" in given:
+        found.pop("guidance_parallel", None)
+    if "ranks" in given or "guidance_parallel" in given:
         found.pop("layer_split", None)
     return {**found, **given}
 

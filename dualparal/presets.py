@@ -112,12 +112,12 @@ USUAL = GenerationRequest(prompt="any")  # what a preset is for: all but the pro
 
 
 def complete(
-    request: GenerationRequest, preset: Preset, *, ranks: int = 1, num_experts: int = 1, boundary_ratio: float | None = None,
-    flow_shift: float | None = None, model: str | None = None, has_room: bool = False,
+    request: GenerationRequest, preset: Preset, *, ranks: int = 1, rings: int = 1, num_experts: int = 1,
+    boundary_ratio: float | None = None, flow_shift: float | None = None, model: str | None = None, has_room: bool = False,
 ) -> Settings:  # fmt: skip
     """`request` with every field filled: own values first, then `preset`'s, then the checkpoint's; a left-out seed is drawn,
-    and the schedule's policy becomes numbers for an engine of `ranks` ranks. `has_room`: whether K and V of `preview` with
-    cached context fit, where that is left open (`planning.room` knows).
+    and the schedule's policy becomes numbers for an engine of `rings` rings of `ranks` ranks. `has_room`: whether K and V of
+    `preview` with cached context fit, where that is left open (`planning.room` knows).
 
     `boundary_ratio`, `flow_shift` are the checkpoint's, `model` its name (default: the preset's). Raises `RequestError` when a
     value is outside the preset's limits or the values do not fit each other.
@@ -139,7 +139,7 @@ def complete(
             "where to switch; give boundary_ratio (0.875 for Wan2.2-T2V-A14B)",
             "boundary_ratio",
         )
-    settings = settle_rules(Settings(**values), request, ranks)
+    settings = settle_rules(Settings(**values), request, ranks, rings)
     if settings.cache_interval > 1 and settings.num_inference_steps < MIN_CACHED_STEPS:
         raise RequestError(
             f"cache_interval={settings.cache_interval}: with {settings.num_inference_steps} steps there is too little to "

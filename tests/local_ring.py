@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dualparal.method.grid import Edge, Grid
 from dualparal.method.noise import Ghost, coordinated_noise
 from dualparal.method.plan import BlockPlan
 from dualparal.method.sampler import SamplerFactory
@@ -26,6 +27,7 @@ from dualparal.ring.denoiser import Denoiser
 from dualparal.ring.saved_sweeps import SweepState
 from dualparal.ring.stage_loop import SpanLog, run_stage
 from dualparal.ring.texts import TextTrips
+from dualparal.ring.transport import RingBeside
 
 DEADLINE_S = 120
 
@@ -63,11 +65,22 @@ class LocalEdge:
 
 class LocalLinks:
     def __init__(
-        self, rank: int, ranks: int, channels: list[queue.Queue[torch.Tensor]], delays: random.Random | None, is_nccl: bool
+        self,
+        rank: int,
+        grid: Grid,
+        channels: dict[Edge, queue.Queue[torch.Tensor]],
+        delays: random.Random | None,
+        is_nccl: bool,
     ) -> None:
-        self.rank, self.ranks = rank, ranks
-        self.outgoing = LocalEdge(channels[rank], delays, is_nccl) if ranks > 1 else None
-        self.incoming = LocalEdge(channels[rank - 1], delays, is_nccl) if ranks > 1 else None
+        self.rank, self.grid = rank, grid
+        ends = {
+            (edge.ring, rank == edge.source): LocalEdge(channel, delays, is_nccl and not edge.is_latents)
+            for edge, channel in channels.items()
+            if rank in (edge.source, edge.target)
+        }
+        own = grid.ring_of(rank) or 0
+        self.outgoing, self.incoming = ends.get((own, True)), ends.get((own, False))
+        self.beside = RingBeside(ends[1, True], ends[1, False]) if (rank, self.grid.guidance) == (0, 2) else None
 
     def broadcast(self, message: Any) -> Any:
         raise NotImplementedError
@@ -77,14 +90,16 @@ _stages: dict[tuple[Any, ...], Stage] = {}
 
 
 def stages_of(
-    checkpoint: Checkpoint, ranks: int, layer_split: Sequence[int] | None, dtype: str, device: str = "cpu", **options: Any
+    checkpoint: Checkpoint, grid: Grid, layer_split: Sequence[int] | None, dtype: str, device: str = "cpu", **options: Any
 ) -> list[Stage]:
-    """Stages are kept: many tests share a checkpoint and a split."""
+    """Of every rank. They are kept: many tests share a checkpoint and a split."""
     found = []
-    for layers in split_layers(checkpoint.num_layers, ranks, layer_split):
-        key = (checkpoint.folder, layers, dtype, device, *options.items())
+    split = split_layers(checkpoint.num_layers, grid.stages, layer_split)
+    for rank in range(grid.ranks):
+        layers, ring = split[grid.stage_of(rank)], grid.ring_of(rank)
+        key = (checkpoint.folder, layers, ring, dtype, device, *options.items())
         if key not in _stages:
-            _stages[key] = Stage(checkpoint, layers, dtype=dtype, device=device, **options)
+            _stages[key] = Stage(checkpoint, layers, dtype=dtype, device=device, ring=ring, **options)
         found.append(_stages[key])
     return found
 
@@ -105,6 +120,7 @@ def denoise_in_threads(
     seed: int = 0,
     size: tuple[int, int] = (4, 4),
     ranks: int = 1,
+    guidance_parallel: int = 1,
     layer_split: Sequence[int] | None = None,
     delay_seed: int | None = None,
     stop_after: int | None = None,
@@ -125,10 +141,11 @@ def denoise_in_threads(
 ) -> dict[int, torch.Tensor]:
     """Latents of each finished block. `scenes`: latents of each scene's shots. `texts[i]`: guidance halves of text i, of which
     the first `num_known` are announced and the others travel; `stop_after` items the job is stopped (`may_end`:
-    or ends before); `is_nccl`: receives are posted as on GPUs; `ghost`: one latent before block 0; `beside`: LoRAs of
-    this video alone; `options` are the stages' own (LoRAs, attention)."""
-    checkpoint = Checkpoint(folder)
-    stages = stages_of(checkpoint, ranks, layer_split, dtype, device, **options)
+    or ends before); `ranks` are those of a ring, of which there are `guidance_parallel`; `is_nccl`: receives are posted as on
+    GPUs; `ghost`: one latent before block 0; `beside`: LoRAs of this video alone; `options` are the stages' own (LoRAs,
+    attention)."""
+    checkpoint, grid = Checkpoint(folder), Grid(ranks, guidance_parallel)
+    stages = stages_of(checkpoint, grid, layer_split, dtype, device, **options)
     for stage in stages:
         stage.use_loras(beside)
     plan = BlockPlan.of(latents_num + (ghost is not None), num_per_block, num_cat, picture=ghost is not None)
@@ -140,9 +157,9 @@ def denoise_in_threads(
     schedule = make_schedule(rules or Rules(), plan, experts)
     shape = JobShape(*size, len(texts[0]), guidance, tuple(text_of_block or (0,) * plan.num_blocks))
     conditions = stages[0].embed_conditions(samplers.timesteps, texts[:num_known])
-    channels: list[queue.Queue[torch.Tensor]] = [queue.Queue() for _ in range(ranks)]
+    channels: dict[Edge, queue.Queue[torch.Tensor]] = {edge: queue.Queue() for edge in grid.edges()}
     delays = random.Random(delay_seed) if delay_seed is not None else None
-    links = [LocalLinks(rank, ranks, channels, delays, is_nccl) for rank in range(ranks)]
+    links = [LocalLinks(rank, grid, channels, delays, is_nccl) for rank in range(grid.ranks)]
     for stage in stages:
         stage.begin(shape, schedule, conditions)
     blocks: dict[int, torch.Tensor] = {}
@@ -154,7 +171,7 @@ def denoise_in_threads(
         stages[0], links[0], schedule, samplers, iter(noise),
         is_stopped=lambda: stop_after is not None and next(launched) >= stop_after,
         on_step=done.append, on_block=lambda b, x: blocks.update({b: x.cpu()}), spans=SpanLog("stage 0", lambda _: None),
-        saver=saver, looks=looks, trips=TextTrips(shape, schedule, conditions),
+        saver=saver, looks=looks, trips={ring: TextTrips(shape, schedule, conditions, ring) for ring in grid.rings},
         say=lambda text: stages[0].embed_text(texts[text][0]),
         ghost=None if ghost is None else Ghost(ghost, seed, samplers.sigmas, is_clean=stages[0].has_token_times),
     )  # fmt: skip
@@ -164,13 +181,14 @@ def denoise_in_threads(
 
     def work(rank: int) -> None:
         try:
-            spans = SpanLog(f"stage {rank}", lambda _: None)
+            spans = SpanLog(grid.names[rank], lambda _: None)
             start = resume.next_index if resume else 0
-            run_stage(stages[rank], links[rank], schedule, spans, TextTrips(shape, schedule, conditions), start=start)
+            trips = TextTrips(shape, schedule, conditions, grid.ring_of(rank))
+            run_stage(stages[rank], links[rank], schedule, spans, trips, start=start)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(1, ranks)]
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(1, grid.ranks)]
     for thread in threads:
         thread.start()
     try:
@@ -180,7 +198,7 @@ def denoise_in_threads(
             thread.join(DEADLINE_S)
         assert not errors, errors
         assert not any(thread.is_alive() for thread in threads)
-        assert all(channel.empty() for channel in channels), "a message was sent that nobody expected"
+        assert all(channel.empty() for channel in channels.values()), "a message was sent that nobody expected"
     assert may_end or finished == (stop_after is None or stop_after >= len(schedule.items))
     assert (not denoiser._ends.tails and not denoiser._ends.heads) or not finished, "context was kept that nobody asked for"
     for stage in stages:

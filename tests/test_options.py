@@ -136,6 +136,16 @@ def test_a_record_tells_a_job_again() -> None:
     assert again == options.settled(max_queue=32, vae_dtype=None)
     assert EngineOptions(**recorded(record, {"threads": 1})).threads == 1, "what is given wins"
     assert EngineOptions(**recorded(record, {"ranks": 3})).layer_split is None, "a split is of its ranks"
+    of_two = {**record, "ranks": 4, "guidance_parallel": 2}
+    assert EngineOptions(**recorded(of_two, {})).guidance_parallel == 2
+    assert EngineOptions(**recorded(of_two, {"ranks": 3})).guidance_parallel == 1, "rings are of their ranks"
+    assert EngineOptions(**recorded(of_two, {"guidance_parallel": 1})).layer_split is None
+
+
+@pytest.mark.parametrize("number", [0, 3, "2", True, None, 2.5])
+def test_there_are_one_or_two_rings(number: object) -> None:
+    with pytest.raises(RequestError, match=r"guidance_parallel=.* is not known; use 1 or 2"):
+        EngineOptions(guidance_parallel=number)
 
 
 def test_changes_are_what_differs_from_the_model() -> None:

@@ -15,6 +15,7 @@ from dualparal.cli.flags import add_fields, add_model_flags, add_request_flags, 
 from dualparal.devices import bytes_per_device, count_gpus
 from dualparal.errors import RequestError
 from dualparal.limits import wait_passively
+from dualparal.method.grid import Grid
 from dualparal.method.schedule import Schedule
 from dualparal.options import AUTO_SPLIT, EngineOptions, of
 from dualparal.planning.calibration import load_speed, store_speed
@@ -24,6 +25,7 @@ from dualparal.planning.layer_split import split_layers
 from dualparal.planning.memory_table import format_plan, gigabytes
 from dualparal.planning.placement import ModelSizes, Placement, Speed
 from dualparal.planning.proposals import Proposal, changes_in_words, propose
+from dualparal.planning.rings import in_other_rings
 from dualparal.planning.room import settle
 from dualparal.planning.sizes import DiTSizes
 from dualparal.presets import USUAL, Preset, complete
@@ -66,6 +68,8 @@ def run_plan(options: argparse.Namespace) -> int:
     plan = plan_job(request, model, placement, speed=speed)
     print(describe(plan, source, split))
     if plan.refusal is None:
+        if (other := in_other_rings(plan, model)) is not None and plan.total_s is not None:
+            print(describe_other(other, plan))
         return 0
     print(f"\nIt does not fit: {plan.refusal}.")
     proposals = propose(request, model, placement, speed)
@@ -89,10 +93,24 @@ def describe_proposal(proposal: Proposal, asked: JobPlan) -> str:
     return "\n".join([f"  {proposal.flags}", *(f"      {line}" for line in (*lines, *changes_in_words(asked, plan)))])
 
 
+def describe_other(other: JobPlan, plan: JobPlan) -> str:
+    """The same ranks in one ring, or two, in a line."""
+    guidance = other.placement.guidance
+    begin = f"  with --guidance_parallel {guidance}, {'two rings' if guidance > 1 else 'one ring'}:"
+    if other.refusal is not None:
+        return f"{begin} does not fit ({gigabytes(other.bytes_per_rank)} on a rank)"
+    assert other.first_frames_s is not None and other.total_s is not None
+    bits = "the same bits" if plan.request.micro_batches else "other bits within 1e-5, as the halves leave one by one"
+    return (
+        f"{begin} first frames after {duration(other.first_frames_s)}, all after {duration(other.total_s)}, "
+        f"{gigabytes(other.bytes_per_rank)} on a rank; {bits}"
+    )
+
+
 def describe(plan: JobPlan, speed_source: str, split_source: str = "") -> str:
     """The plan as text: the video, where each part goes, bytes, times; `split_source` says how the layers were split."""
     request, placement, blocks = plan.request, plan.placement, plan.workload.schedule.plan
-    ranks = len(placement.layers)
+    ranks, rings = placement.grid.ranks, ", two rings of stages," if placement.guidance > 1 else ""
     where = "a device of its own" if placement.codec_rank is None else f"the device of rank {placement.codec_rank}"
     text = {"keep": "stays there", "free": "is dropped after encoding", "cpu": "waits in host memory"}[placement.text_encoder]
     lines = [
@@ -100,12 +118,12 @@ def describe(plan: JobPlan, speed_source: str, split_source: str = "") -> str:
         f"{blocks.num_blocks} blocks of {request.num_per_block} latents with {request.num_cat} of context, "
         f"{request.num_inference_steps} steps, {plan.workload.schedule.num_in_flight()} blocks in flight at most"
         f"{_skipping(plan.workload.schedule)}",
-        f"{ranks} rank{'s' * (ranks > 1)} with {', '.join(map(str, placement.layers))} layers{split_source} in "
+        f"{ranks} rank{'s' * (ranks > 1)}{rings} with {', '.join(map(str, placement.layers))} layers{split_source} in "
         f"{placement.dtype}{_low_memory(placement)}; codec "
         f"(text encoder, VAE in {placement.vae_dtype}) on "
         f"{where if placement.on_gpu else 'the CPU'}; the text encoder {text}",
         *([f"auto: {request.chosen}"] if request.chosen else []),
-        *([f"note: {idle}"] if (idle := idle_ranks(request, ranks)) else []),
+        *([f"note: {idle}"] if (idle := idle_ranks(request, placement.grid)) else []),
         "",
         format_plan(plan.memory),
     ]
@@ -177,14 +195,15 @@ def _placement(options: argparse.Namespace, preset: Preset, model: ModelSizes) -
         raise RequestError(f"ranks={ranks} needs {ranks} GPUs, there are {gpus}; use fewer ranks", "ranks")
     asked.check_places(on_gpu=not is_cpu)
     counts = None if isinstance(asked.layer_split, str) else asked.layer_split  # auto begins with the even split
-    layers = split_layers(DiTSizes.of(model.config).num_layers, ranks if counts is None else len(counts), counts)
+    stages = Grid.of(ranks, asked.guidance_parallel).stages if counts is None else len(counts)
+    layers = split_layers(DiTSizes.of(model.config).num_layers, stages, counts)
     settled = asked.settled(
         device="cpu" if is_cpu else "cuda", dtype=asked.dtype or ("float32" if is_cpu else preset.dtype),
         vae_dtype=asked.vae_dtype or preset.vae_dtype,
     )  # fmt: skip
     return Placement.of(
         settled, layers=tuple(len(stage) for stage in layers), bytes_per_device=_memory(options.gpu_memory, is_cpu),
-        codec_rank=None if is_cpu or gpus > len(layers) else len(layers) - 1,
+        codec_rank=None if is_cpu or gpus > stages * asked.guidance_parallel else stages * asked.guidance_parallel - 1,
     )  # fmt: skip
 
 

@@ -18,9 +18,9 @@ from dualparal.messages import Denoised, JobError, Spans, SteerAnswer, VideoClos
 class JobsAtWork:
     """What a group holds; the dispatcher's lock guards it."""
 
-    def __init__(self, dispatcher: Dispatcher, num_stages: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, stages: tuple[str, ...]) -> None:
         self.at_rank_0: Job | None = None
-        self._dispatcher, self._num_stages = dispatcher, num_stages
+        self._dispatcher, self._stages = dispatcher, stages
         self._decoding: dict[str, Job] = {}  # left rank 0, not yet closed by the codec
 
     def holds(self, job_id: str) -> bool:
@@ -41,7 +41,7 @@ class JobsAtWork:
             return
         match message:
             case Progress():
-                job.emit(dataclasses.replace(message, busy=job.timeline.busy(self._num_stages)))
+                job.emit(dataclasses.replace(message, busy=job.timeline.busy(self._stages)))
             case Look():
                 job.show(message)
             case SteerAnswer():

@@ -99,7 +99,7 @@ def check_fits(plan: JobPlan, sizes: ModelSizes, *, num_replicas: int = 1) -> No
         }
     )  # fmt: skip
     alone = dataclasses.replace(
-        placement, layers=(sum(placement.layers),), codec_rank=0, is_offloaded=False, is_cache_offloaded=False
+        placement, layers=(sum(placement.layers),), guidance=1, codec_rank=0, is_offloaded=False, is_cache_offloaded=False
     )
     needed, have = plan_job(whole, sizes, alone, is_short=True).bytes_per_rank, placement.bytes_per_device
     held = plan.memory.ranks[0].total if placement.on_gpu else plan.bytes_in_all * num_replicas

@@ -72,7 +72,7 @@ class Engine:
         check_can_write(self.outputs, "name another folder with --outputs or DUALPARAL_OUTPUTS")  # before a download
         setup = self._setup = EngineSetup(model, preset, asked, team)
         self.preset, self.checkpoint, self.num_experts = setup.preset, setup.checkpoint, setup.num_experts
-        self.ranks, self.num_replicas, self.team = setup.ranks, asked.replicas, team
+        self.ranks, self.grid, self.num_replicas, self.team = setup.ranks, setup.grid, asked.replicas, team
         storage = Storage(self.outputs, asked.max_disk_bytes)
         self.dispatcher = Dispatcher(
             JobQueue(max_jobs=asked.max_queue, max_per_owner=asked.max_per_owner),

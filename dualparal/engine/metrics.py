@@ -95,9 +95,10 @@ def _first_frames(tally: Tally) -> Metric:
 def _busy(engine: Engine) -> Iterator[tuple[dict[str, Any], float]]:
     for number, replica in enumerate(engine.replicas):
         job = replica.at_rank_0
-        shares = job.timeline.busy(engine.ranks) if job is not None else (0.0,) * engine.ranks
-        for stage, share in enumerate(shares):
-            yield {"replica": number, "stage": stage}, share
+        names = engine.grid.names
+        shares = job.timeline.busy(names) if job is not None else (0.0,) * len(names)
+        for name, share in zip(names, shares, strict=True):
+            yield {"replica": number, "stage": name.removeprefix("stage ")}, share
 
 
 def _beats(engine: Engine) -> list[tuple[dict[str, Any], Any]]:

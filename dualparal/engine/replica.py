@@ -41,7 +41,7 @@ class Replica(JobsAtWork):
     """One worker group behind the dispatcher's queue. `state` is starting, ready, restarting, failed or closed."""
 
     def __init__(self, name: str, options: WorkerOptions, dispatcher: Dispatcher) -> None:
-        super().__init__(dispatcher, options.ranks)
+        super().__init__(dispatcher, options.grid.names)
         self.name, self.options = name, options
         self.state = "closed"
         self.error: DualParalError | None = None  # why it is restarting or failed

@@ -54,6 +54,7 @@ class Resumption:
             raise RequestError(f"job {folder.job_id} has not ended; there is nothing to resume", "job_id")
         loras = from_record(folder.record().get("with_loras"))
         check_can_go_on(folder, self._setup.made_with(loras), anyway=anyway)
+        self._setup.resolve(folder.request())
 
     def _go_on(self, folder: JobFolder, return_latents: bool = False, anyway: bool = False, *, rest_at: int = 0) -> Job:
         with self._lock:

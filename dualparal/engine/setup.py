@@ -19,6 +19,8 @@ from dualparal.hosts.torchrun import Team, settle_ranks
 from dualparal.limits import default_threads
 from dualparal.media.ffmpeg import check_ffmpeg
 from dualparal.messages import WorkerOptions
+from dualparal.method.grid import Grid
+from dualparal.method.rules import check_halves
 from dualparal.model.attention_backends import check_attention
 from dualparal.model.fingerprint import fingerprints, of_loras
 from dualparal.model.known import sizes_of
@@ -60,7 +62,8 @@ class EngineSetup:
         self.num_experts = self.checkpoint.num_experts
         self.ranks, self.num_replicas, self.team = settle_ranks(team, asked.ranks, asked.replicas), asked.replicas, team
         counts = None if isinstance(asked.layer_split, str) else asked.layer_split
-        layers = split_layers(self.checkpoint.num_layers, self.ranks, counts)
+        self.grid = Grid.of(self.ranks, asked.guidance_parallel)
+        layers = split_layers(self.checkpoint.num_layers, self.grid.stages, counts)
         local_ranks = team.local_ranks if team else self.ranks  # on this host
         self.places = [
             place_hosts(asked.device, self.ranks, local_ranks)
@@ -94,14 +97,16 @@ class EngineSetup:
         if asked.layer_split == AUTO_SPLIT:
             layers = self._split_for_speed()
         self.options = WorkerOptions(
-            settled.settled(text_encoder=self._settle_text_encoder()), str(self.checkpoint.folder), layers, devices,
-            codec_device, loras, str(cache_folder() / "text"),
+            settled.settled(text_encoder=self._settle_text_encoder()), str(self.checkpoint.folder),
+            layers * self.grid.guidance, devices, codec_device, loras, str(cache_folder() / "text"),
         )  # fmt: skip
 
     def resolve(self, request: GenerationRequest | Settings, preset: Preset | None = None) -> Settings:
         """`request` completed from `preset` (default: the engine's own), the checkpoint and, where it is left open, what these
-        devices have room for; checked against the preset's limits. Settings are complete as they are. Raises `RequestError`."""
+        devices have room for; checked against the preset's limits. Settings are complete as they are, if these ranks can run
+        them so. Raises `RequestError`."""
         if isinstance(request, Settings):
+            check_halves(request, self.grid.guidance)
             return request
         is_away = self.placement.is_cache_offloaded
         return settle(
@@ -164,7 +169,7 @@ class EngineSetup:
         self.placement = dataclasses.replace(self.placement, layers=counts)
         by = "measured times" if speed else "FLOPs (plan --calibrate measures this host)"
         log.info("layer_split=auto: %s layers per rank, by %s", ",".join(map(str, counts)), by)
-        return split_layers(self.checkpoint.num_layers, self.ranks, counts)
+        return split_layers(self.checkpoint.num_layers, self.grid.stages, counts)
 
     def made_with(self, loras: Sequence[Lora] = ()) -> dict[str, Any]:
         """What a job's record says of the engine that makes it, as far as bits depend on it, and of the job's own `loras`."""

@@ -45,17 +45,17 @@ class Timeline:
             if len(self._spans) > MAX_SPANS:
                 del self._spans[: len(self._spans) - MAX_SPANS // 2]
 
-    def busy(self, ranks: int) -> tuple[float, ...]:
-        """Share of the last seconds in which each stage computed, 0-1."""
+    def busy(self, stages: Sequence[str]) -> tuple[float, ...]:
+        """Share of the last seconds in which each of these computed, 0-1."""
         since_s = time.monotonic() - self._start_s - BUSY_WINDOW_S
-        worked = [0.0] * ranks
+        worked = dict.fromkeys(stages, 0.0)
         with self._lock:
             for span in reversed(self._spans):
                 if span.end_s < since_s - 2 * BUSY_WINDOW_S:
                     break
-                if span.stage.startswith("stage "):
-                    worked[int(span.stage[6:])] += max(0.0, span.end_s - max(span.start_s, since_s))
-        return tuple(min(1.0, seconds / BUSY_WINDOW_S) for seconds in worked)
+                if span.stage in worked:
+                    worked[span.stage] += max(0.0, span.end_s - max(span.start_s, since_s))
+        return tuple(min(1.0, seconds / BUSY_WINDOW_S) for seconds in worked.values())
 
     def store(self, folder: Path) -> None:
         """Move the spans to a job's folder; where a full disk does not take them, they stay here."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dualparal.errors import RequestError
 from dualparal.method.event_model import choose_preview
 from dualparal.method.plan import BlockPlan
 from dualparal.method.schedule import Rules
@@ -42,23 +43,26 @@ Numbers = dict[str, int | bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What the name of a schedule stands for: which latents are left context, and `numbers(settings, asked, ranks)`, the
-    `max_in_flight`, `stagger` and `micro_batches` of a video on an engine of `ranks` ranks; `asked` has those set by hand."""
+    """What the name of a schedule stands for: which latents are left context, and `numbers(settings, asked, ranks, rings)`, the
+    `max_in_flight`, `stagger` and `micro_batches` of a video on an engine of `rings` rings of `ranks` ranks; `asked` has those
+    set by hand."""
 
     left_context: LeftContext
-    numbers: Callable[[Settings, GenerationRequest, int], Numbers]
+    numbers: Callable[[Settings, GenerationRequest, int, int], Numbers]
 
 
-def _paper(settings: Settings, asked: GenerationRequest, ranks: int) -> Numbers:
+def _paper(settings: Settings, asked: GenerationRequest, ranks: int, rings: int) -> Numbers:
     """All blocks at once, a step apart: more than there are steps are never in flight then. The request's own numbers and the
     ranks have no say."""
     return {"max_in_flight": settings.num_inference_steps, "stagger": 1, "micro_batches": bool(asked.micro_batches)}
 
 
-def _preview(settings: Settings, asked: GenerationRequest, ranks: int) -> Numbers:
+def _preview(settings: Settings, asked: GenerationRequest, ranks: int, rings: int) -> Numbers:
     """A few blocks at a time, evenly staggered. Own numbers stay; the event model chooses the rest."""
     num_steps, has_guidance = settings.num_inference_steps, settings.has_guidance
-    chosen = choose_preview(plan_of(settings), (0,) * num_steps, ranks, context=settings.context, has_guidance=has_guidance)
+    chosen = choose_preview(
+        plan_of(settings), (0,) * num_steps, ranks, rings=rings, context=settings.context, has_guidance=has_guidance
+    )
     own = asked.max_in_flight
     stagger = asked.stagger or (_spread(num_steps, own) if own else chosen.stagger)
     return {
@@ -99,10 +103,11 @@ def settle_names(
     return schedule, context
 
 
-def as_in_the_paper(settings: Settings) -> Settings:
+def as_in_the_paper(settings: Settings, rings: int = 1) -> Settings:
     """`settings` in the authors' order with recomputed context: no left neighbour's K and V are kept."""
     asked = GenerationRequest(prompt="any", refresh=settings.refresh)
-    return settle_rules(settings.model_copy(update={"schedule": "paper", "context": "recomputed"}), asked, ranks=1)
+    paper = settings.model_copy(update={"schedule": "paper", "context": "recomputed"})
+    return settle_rules(paper, asked, ranks=1, rings=rings)
 
 
 def depends_on_room(asked: GenerationRequest, schedule: AskedSchedule, context: AskedContext) -> bool:
@@ -110,13 +115,28 @@ def depends_on_room(asked: GenerationRequest, schedule: AskedSchedule, context: 
     return (asked.schedule or schedule, asked.context or context) == (AUTO, AUTO)
 
 
-def settle_rules(settings: Settings, asked: GenerationRequest, ranks: int) -> Settings:
-    """`settings` with `refresh` and the numbers of their policy for an engine of `ranks` ranks; `asked` has those set by
-    hand."""
+def check_halves(settings: Settings, rings: int) -> None:
+    """Raise `RequestError` for a video whose guidance halves are done in one batch, where each has a ring of its own: its bits
+    would be others."""
+    if rings > 1 and settings.has_guidance and not settings.micro_batches:
+        raise RequestError(
+            "micro_batches is off, and guidance_parallel=2 runs the guidance halves by themselves; leave micro_batches out, or "
+            "use guidance_parallel=1",
+            "micro_batches",
+        )
+
+
+def settle_rules(settings: Settings, asked: GenerationRequest, ranks: int, rings: int = 1) -> Settings:
+    """`settings` with `refresh` and the numbers of their policy for an engine of `rings` rings of `ranks` ranks; `asked` has
+    those set by hand. Raises `RequestError` as `check_halves` does."""
     policy = POLICIES[settings.schedule]
     refresh = default_refresh(plan_of(settings)) if asked.refresh is None else asked.refresh
-    numbers = policy.numbers(settings, asked, ranks)
-    return settings.model_copy(update={"left_context": policy.left_context, "refresh": refresh, **numbers})
+    numbers = policy.numbers(settings, asked, ranks, rings)
+    if rings > 1 and asked.micro_batches is None:  # each half travels a ring of its own
+        numbers["micro_batches"] = settings.has_guidance
+    settled = settings.model_copy(update={"left_context": policy.left_context, "refresh": refresh, **numbers})
+    check_halves(settled, rings)
+    return settled
 
 
 def default_refresh(plan: BlockPlan) -> int:

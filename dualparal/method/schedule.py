@@ -14,6 +14,7 @@ from enum import Enum
 from functools import cached_property
 
 from dualparal.errors import RequestError
+from dualparal.method.grid import Ring
 from dualparal.method.plan import BlockPlan
 from dualparal.method.step_cache import StepCache
 from dualparal.request import LeftContext
@@ -67,6 +68,10 @@ class Item:
     def is_whole(self) -> bool:
         """Whether the block's step is complete after this item: both halves, or the second of them."""
         return self.half != 0
+
+    def is_on(self, ring: Ring) -> bool:
+        """Whether it takes that ring, where it makes the trip: of two, the second half takes ring 1 and all else ring 0."""
+        return ring is None or (self.half == 1) == (ring == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,14 @@ class Schedule:
         left = self.plan.num_left(item.block) if item.left is Context.LATENTS else 0
         right = self.plan.num_right(item.block) if item.right is Context.LATENTS else 0
         return left, self.plan.lengths[item.block], right
+
+    def on_ring(self, ring: Ring, start: int = 0) -> list[Item]:
+        """The items from `start` on that make the trip along that ring, in order."""
+        return [item for item in self.items[start:] if not item.is_skipped and item.is_on(ring)]
+
+    def last_on_ring(self, ring: Ring) -> dict[int, int]:
+        """Index of each block's last item on that ring."""
+        return {item.block: item.index for item in self.on_ring(ring)}
 
     def num_in_flight(self) -> int:
         """Most blocks that are in flight at once."""

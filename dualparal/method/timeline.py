@@ -6,7 +6,7 @@ Pure: knows neither embeddings nor ranks. A text is a number: first the texts th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dualparal.errors import RequestError
@@ -184,11 +184,12 @@ def most_texts(of_block: Sequence[int], num_in_flight: int) -> int:
 class TextsAtHand:
     """Which texts are at hand while a schedule is walked: those that blocks in flight listen to.
 
-    Every rank walks the same items from the same one on, so all agree on what comes when. Never looks ahead.
+    Every rank of a ring walks the same items from the same one on, so all agree on what comes when.
     """
 
-    def __init__(self, of_block: Sequence[int], num_steps: int) -> None:
-        self._of_block, self._num_steps = of_block, num_steps
+    def __init__(self, of_block: Sequence[int], last: Mapping[int, int]) -> None:
+        """`last`: index of each block's last item (`Schedule.last_on_ring`)."""
+        self._of_block, self._last = of_block, last
         self._listeners: dict[int, set[int]] = {}
 
     def comes(self, item: Item) -> int | None:
@@ -201,7 +202,7 @@ class TextsAtHand:
     def goes(self, item: Item) -> int | None:
         """The text that no block in flight listens to after `item`; None when there is none. To be asked after `comes`."""
         text = self._of_block[item.block]
-        if not item.is_whole or item.step + 1 < self._num_steps:
+        if item.index != self._last[item.block]:
             return None
         self._listeners[text].discard(item.block)
         if self._listeners[text]:

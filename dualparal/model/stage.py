@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import WanTransformer3DModel
 
+from dualparal.method.grid import Ring
 from dualparal.method.plan import BlockPlan
 from dualparal.method.schedule import Context, Item, Schedule
 from dualparal.method.timeline import TextsAtHand
@@ -71,13 +72,15 @@ class Stage:
         is_offloaded: bool = False,
         is_cache_offloaded: bool = False,
         lora_cache_bytes: int = 0,
+        ring: Ring = None,
     ) -> None:
         """`attention` is a backend of diffusers' dispatcher, `is_compiled` runs the layers through torch.compile,
         `quantization` (fp8, int8) stores their weights in 8 bits: all three change bits. `is_offloaded` layers wait in host
         memory, and with `is_cache_offloaded` so do K and V between a block's pass and its right neighbour's. `loras` are
-        merged for good; of those of single jobs (`use_loras`) `lora_cache_bytes` are kept in host memory. Raises
-        `CheckpointError` for a bad file, `RequestError` for a backend that is not to be had."""
-        self.layers = layers
+        merged for good; of those of single jobs (`use_loras`) `lora_cache_bytes` are kept in host memory. Of
+        two rings it is in `ring`: its predictions are of one guidance half, as they are. Raises `CheckpointError` for a bad
+        file, `RequestError` for a backend that is not to be had."""
+        self.layers, self.ring = layers, ring
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.is_first = layers.start == 0
@@ -162,7 +165,7 @@ class Stage:
 
     def hear(self, text: int, said: torch.Tensor) -> None:
         """Take up a text as `embed_text` made it, until no block in flight listens to it. Its other half is text 0's."""
-        for texts, one in zip(self._texts, said.to(self.device).split(1), strict=True):
+        for texts, one in zip(self._texts, said.to(self.device, self.dtype).split(1), strict=True):
             texts[text] = [one.clone(), *texts[0][1:]]
 
     def is_start_clean(self, plan: BlockPlan) -> bool:
@@ -194,7 +197,8 @@ class Stage:
 
     def _take_up(self, shape: JobShape, schedule: Schedule, conditions: Sequence[Conditions]) -> None:
         self._shape, self._schedule = shape, schedule
-        self._at_hand, self._num_known = TextsAtHand(shape.text_of_block, schedule.num_steps), len(conditions[0].texts)
+        self._at_hand = TextsAtHand(shape.text_of_block, schedule.last_on_ring(self.ring))
+        self._num_known = len(conditions[0].texts)
         plan = schedule.plan
         most = max(plan.num_left(b) + plan.lengths[b] + plan.num_right(b) for b in range(plan.num_blocks))
         self._rope = self._rope_table(most)
@@ -221,6 +225,14 @@ class Stage:
 
     def _new_tail(self) -> MutableMapping[int, KeyValue]:
         return {} if self._mover is None else HostCache(self._mover)
+
+    def incoming(self, item: Item) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of what `run` is given for `item`: the window's latents on the first stage, else activations."""
+        assert self._shape is not None and self._schedule is not None
+        if not self.is_first:
+            return self.hidden_shape(item), self.dtype
+        num_frames = sum(self._schedule.window_frames(item))
+        return (1, self.channels, num_frames, self._shape.height, self._shape.width), torch.float32
 
     def hidden_shape(self, item: Item) -> tuple[int, int, int]:
         """[B, n, D] of the activations that pass between stages for `item`."""
@@ -314,14 +326,19 @@ class Stage:
         rows, columns = shape.height // patch_h, shape.width // patch_w
         patches = patches.reshape(len(patches), own, rows, columns, patch_h, patch_w, -1)
         out = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [B, C, own, h, w]
-        if shape.num_halves == 1 or not item.is_guided:
+        if shape.num_halves == 1 or not item.is_guided or self.ring is not None:
             return out.contiguous()
         if item.half == 0:
             self._cond = out.contiguous()
             return None
         cond, uncond = out.split(1) if item.half is None else (self._cond, out)
         assert cond is not None
-        return uncond + shape.guidance_scales[item.expert] * (cond - uncond)
+        return self.combine(item, cond, uncond)
+
+    def combine(self, item: Item, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+        """The prediction for `item` of its two guidance halves, each [1, C, own F, h, w] float32."""
+        assert self._shape is not None
+        return uncond + self._shape.guidance_scales[item.expert] * (cond - uncond)
 
     def _rope_table(self, num_frames: int) -> torch.Tensor:
         """Rotations of `num_frames` latent frames, [num_frames * p, d / 2] complex64; a prefix serves fewer frames."""

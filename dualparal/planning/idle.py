@@ -1,13 +1,29 @@
-"""What few steps mean for many ranks: blocks in flight are never more than steps, so that ranks wait. Pure arithmetic."""
+"""What few steps mean for many ranks: blocks in flight are never more than steps, so that ranks wait; and what a second ring
+has to do where there is no guidance. Pure arithmetic."""
 
 from __future__ import annotations
 
+from dualparal.method.grid import Grid
 from dualparal.request import Settings
 
 
-def idle_ranks(request: Settings, num_ranks: int) -> str:
-    """One sentence when a pipeline of `num_ranks` cannot be busy with this video, else ""."""
+def idle_ranks(request: Settings, grid: Grid) -> str:
+    """One sentence when the ranks of `grid` cannot be busy with this video, else ""."""
     num_steps = request.num_inference_steps
+    if grid.guidance > 1:
+        if not request.has_guidance:
+            return (
+                f"without guidance half of the {grid.ranks} ranks have nothing to do: --guidance_parallel 1 makes it in about "
+                "half the time"
+            )
+        if grid.stages <= num_steps:
+            return ""
+        best = num_steps * grid.guidance
+        return (
+            f"with {num_steps} step{'s' * (num_steps > 1)} about {best} of {grid.ranks} ranks are busy: --ranks {best} takes "
+            "no longer, where the layers fit"
+        )
+    num_ranks = grid.ranks
     at_once = num_steps * (2 if request.micro_batches and request.has_guidance else 1)  # halves travel one by one
     if num_ranks <= at_once:
         return ""

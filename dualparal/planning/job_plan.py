@@ -78,7 +78,7 @@ class JobPlan:
         """When each block is denoised."""
         if self.speed is None:
             return None
-        return forecast(self.workload.schedule, len(self.placement.layers), self.cost)
+        return forecast(self.workload.schedule, len(self.placement.layers), self.cost, rings=self.placement.guidance)
 
     @cached_property
     def work(self) -> float:
@@ -94,7 +94,7 @@ class JobPlan:
     @cached_property
     def _in_flops(self) -> Forecast:
         unit = replace(self, speed=None)
-        return forecast(self.workload.schedule, len(self.placement.layers), unit.cost)
+        return forecast(self.workload.schedule, len(self.placement.layers), unit.cost, rings=self.placement.guidance)
 
     def step_times(self, item: Item) -> StepTimes:
         """Where the seconds of `item` go; FLOPs where no speed is known. Decoding is spread over a block's steps."""
@@ -132,7 +132,9 @@ class JobPlan:
         def seconds(item: Item, rank: int) -> float:
             shape = (*self.workload.shape_of(item), *self.workload.moved_frames(item), item.is_whole, item.is_skipped)
             if shape not in known:
-                known[shape] = self.step_times(item).of_ranks(self.placement.layers, self.placement.codec_rank)
+                known[shape] = self.step_times(item).of_ranks(
+                    self.placement.layers, self.placement.codec_rank, self.placement.guidance
+                )
             return known[shape][rank]
 
         return seconds
@@ -163,12 +165,12 @@ class JobPlan:
         """Seconds of the longest sweep: what the slowest stage works in it."""
         if self.speed is None:
             return None
-        ranks = range(len(self.placement.layers))
+        grid = self.placement.grid
         sweeps: dict[int, list[float]] = {}
         for item in self.workload.schedule.items:
-            worked = sweeps.setdefault(item.sweep, [0.0] * len(ranks))
-            for rank in ranks:
-                worked[rank] += self.cost(item, rank)
+            worked = sweeps.setdefault(item.sweep, [0.0] * grid.ranks)
+            for rank in range(grid.ranks):
+                worked[rank] += self.cost(item, rank) * item.is_on(grid.ring_of(rank))
         return max(max(worked) for worked in sweeps.values())
 
     @property
@@ -201,7 +203,7 @@ def _memory(workload: Workload, request: Settings, model: ModelSizes, placement:
         workload, height=request.height, width=request.width, dtype=placement.dtype, num_experts=model.num_experts,
         codec_rank=placement.codec_rank, text_encoder_bytes=0, vae=model.vae, num_texts=_num_texts(workload, request),
         vae_dtype=placement.vae_dtype, on_gpu=placement.on_gpu, quantization=placement.quantization,
-        is_offloaded=placement.is_offloaded, is_cache_offloaded=placement.is_cache_offloaded,
+        is_offloaded=placement.is_offloaded, is_cache_offloaded=placement.is_cache_offloaded, rings=placement.grid.rings,
         lora_elements=model.elements_of(request.loras),
         has_clean_start=model.has_token_times and request.start_image is not None,
     )  # fmt: skip
@@ -239,7 +241,9 @@ def balanced_layers(request: Settings, model: ModelSizes, placement: Placement) 
 def balanced(plan: JobPlan, model: ModelSizes) -> JobPlan:
     """`plan` with the layers of `balanced_layers`."""
     while True:
-        totals = [rank.total for rank in plan.memory.ranks]
+        grid = plan.placement.grid
+        by_stage = [[rank.total for rank in plan.memory.ranks[stage :: grid.stages]] for stage in range(grid.stages)]
+        totals = [max(rings) for rings in by_stage]
         full, empty = totals.index(max(totals)), totals.index(min(totals))
         layers = list(plan.placement.layers)
         if full == empty or layers[full] == 1:
@@ -259,7 +263,9 @@ def fastest_layers(request: Settings, model: ModelSizes, placement: Placement, s
     """
     plan = replace(plan_job(request, model, placement, is_short=True), speed=speed)
     total = sum((plan.step_times(item) for item in plan.workload.schedule.items), StepTimes(layer=0.0))
-    layers = fastest_split(sum(placement.layers), len(placement.layers), total, placement.codec_rank)
+    if placement.guidance > 1:  # each ring works on one half; decoding is in the way of one rank
+        total = replace(total, layer=total.layer / 2, first=total.first / 2, last=total.last / 2)
+    layers = fastest_split(sum(placement.layers), len(placement.layers), total, placement.codec_stage)
     fits = moved(plan, model, replace(placement, layers=layers)).refusal is None
     return layers if fits else balanced_layers(request, model, placement)
 

@@ -32,19 +32,21 @@ class StepTimes:
             decode=self.decode + other.decode,
         )  # fmt: skip
 
-    def besides(self, ranks: int, codec_rank: int | None) -> list[float]:
-        """What each rank does besides its layers; `codec_rank` None: the codec is in nobody's way."""
-        found = [0.0] * ranks
-        found[0] += self.first
-        found[-1] += self.last
+    def besides(self, ranks: int, codec_rank: int | None, rings: int = 1) -> list[float]:
+        """What each rank of `rings` rings of `ranks` does besides its layers; `codec_rank` None: the codec is in nobody's
+        way."""
+        found = [0.0] * ranks * rings
+        for ring in range(rings):
+            found[ring * ranks] += self.first
+            found[(ring + 1) * ranks - 1] += self.last
         if codec_rank is not None:
             found[codec_rank] += self.decode
         return found
 
-    def of_ranks(self, layers: Sequence[int], codec_rank: int | None) -> list[float]:
-        """What each rank takes when rank r has `layers[r]` layers."""
-        besides = self.besides(len(layers), codec_rank)
-        return [other + count * self.layer for other, count in zip(besides, layers, strict=True)]
+    def of_ranks(self, layers: Sequence[int], codec_rank: int | None, rings: int = 1) -> list[float]:
+        """What each rank takes when stage s has `layers[s]` layers."""
+        besides = self.besides(len(layers), codec_rank, rings)
+        return [other + layers[rank % len(layers)] * self.layer for rank, other in enumerate(besides)]
 
 
 def fastest_split(num_layers: int, ranks: int, times: StepTimes, codec_rank: int | None = None) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualparal.method.borders import tensors_of_block
+from dualparal.method.grid import Ring
 from dualparal.method.rules import plan_of
 from dualparal.method.schedule import Context, Item, Rules, Schedule
 from dualparal.planning.memory_table import MemoryPlan, RankMemory
@@ -75,6 +76,7 @@ def memory_plan(
     is_cache_offloaded: bool = False,
     lora_elements: int = 0,
     has_clean_start: bool = False,
+    rings: Sequence[Ring] = (None,),
 ) -> MemoryPlan:
     """The memory of every rank for `workload` at `height` x `width` pixels.
 
@@ -84,36 +86,38 @@ def memory_plan(
     two at a time are on the device; `is_cache_offloaded`: so do the K and V of left neighbours, `CACHED_LAYERS_ON_DEVICE`
     layers of one block's at a time. `lora_elements`: numbers of the video's LoRAs, all layers and experts together.
     `has_clean_start`: the picture that the film begins with is clean, so that block 0's tokens are modulated one by one.
+    `rings`: each has the stages once (`method.grid`).
     """
     sizes, schedule, width_bytes = workload.sizes, workload.schedule, DTYPE_BYTES[dtype]
     ends = [sum(workload.layers[: rank + 1]) for rank in range(len(workload.layers))]
     stages = [range(end - count, end) for end, count in zip(ends, workload.layers, strict=True)]
     per_cached_frame = 2 * workload.tokens_per_frame * sizes.dim * width_bytes  # K and V, per layer and guidance half
-    cached = most_cached_frames(workload, is_offloaded=is_cache_offloaded)
+    cached = {ring: most_cached_frames(workload, ring, is_offloaded=is_cache_offloaded) for ring in rings}
     unpacked = _unpacked_bytes(sizes, width_bytes, quantization)
-    peak = max(_layer_peak(workload, item, width_bytes, unpacked) for item in _distinct(workload))
-    peak += _token_times_bytes(workload, width_bytes) if has_clean_start else 0
-    message = max(_hidden_bytes(workload, item, width_bytes) for item in _distinct(workload))
-    if num_texts > 1:  # one travels with the activations
-        message += num_experts * workload.text_tokens * sizes.dim * width_bytes
+    items = {ring: _distinct(workload, ring) for ring in rings}
+    peaks = {ring: max((_layer_peak(workload, it, width_bytes, unpacked) for it in items[ring]), default=0) for ring in rings}
+    token_times = _token_times_bytes(workload, width_bytes) if has_clean_start else 0
+    messages = {ring: max((_hidden_bytes(workload, it, width_bytes) for it in items[ring]), default=0) for ring in rings}
+    travelling = num_experts * workload.text_tokens * sizes.dim * width_bytes if num_texts > 1 else 0  # with the activations
     codec = codec_bytes(schedule, height, width, dtype, text_encoder_bytes, vae, vae_dtype)
     ranks = tuple(
         RankMemory(
             weights=_weights_bytes(sizes, stage, dtype, quantization, num_experts, is_offloaded),
             loras=-(-lora_elements * len(stage) // sizes.num_layers) * width_bytes,
-            feature_cache=cached.on_device(len(stage)) * per_cached_frame,
-            activations=peak,
-            messages=_messages(rank, len(stages)) * message,
-            text=_text_bytes(workload, len(stage), width_bytes, num_texts) * num_experts + _rope_bytes(workload),
+            feature_cache=cached[ring].on_device(len(stage)) * per_cached_frame,
+            activations=peaks[ring] + token_times,
+            messages=_messages(rank % len(stages), len(stages)) * (messages[ring] + travelling),
+            text=_text_bytes(workload, len(stage), width_bytes, num_texts, len(rings)) * num_experts + _rope_bytes(workload),
             latents=_latents_bytes(workload) if rank == 0 else 0,
             codec=codec if rank == codec_rank else 0,
             runtime=(GPU_RUNTIME_BYTES + CODEC_RUNTIME_BYTES * (rank == codec_rank)) * on_gpu,
         )
-        for rank, stage in enumerate(stages)
+        for rank, (ring, stage) in enumerate((ring, stage) for ring in rings for stage in stages)
     )
     num_layers = sum(workload.layers)
-    host = sizes.pinned_layer_bytes(dtype, quantization) * num_layers * num_experts if is_offloaded else 0
-    return MemoryPlan(ranks, workload.layers, codec, host, cached.in_host * per_cached_frame * num_layers)
+    host = sizes.pinned_layer_bytes(dtype, quantization) * num_layers * num_experts * len(rings) if is_offloaded else 0
+    in_host = sum(one.in_host for one in cached.values())
+    return MemoryPlan(ranks, workload.layers * len(rings), codec, host, in_host * per_cached_frame * num_layers)
 
 
 def _weights_bytes(
@@ -145,16 +149,14 @@ class CachedFrames:
         return self.kept * num_layers + self.moving * CACHED_LAYERS_ON_DEVICE
 
 
-def most_cached_frames(workload: Workload, *, is_offloaded: bool = False) -> CachedFrames:
-    """The most that is held between two items (a layer drops what it uses before it leaves anything behind), left caches in
-    host memory when `is_offloaded`."""
+def most_cached_frames(workload: Workload, ring: Ring = None, *, is_offloaded: bool = False) -> CachedFrames:
+    """The most that a stage of `ring` holds between two items (a layer drops what it uses before it leaves anything behind),
+    left caches in host memory when `is_offloaded`."""
     plan = workload.schedule.plan
     heads: dict[int | None, int] = {}
     tails: dict[tuple[int, int | None], int] = {}
     most = most_heads = most_tails = moving = 0
-    for item in workload.schedule.items:
-        if item.is_skipped:
-            continue
+    for item in workload.schedule.on_ring(ring):
         halves = workload.halves_of(item)
         heads.pop(item.half, None)
         if item.left is Context.CACHE and item.frees_left:
@@ -187,14 +189,13 @@ def codec_bytes(
     return text + vae.num_bytes(vae_dtype) + height * width * per_pixel
 
 
-def _distinct(workload: Workload) -> list[Item]:
-    """One item of each shape: a long job has thousands of items and a handful of shapes."""
+def _distinct(workload: Workload, ring: Ring) -> list[Item]:
+    """One item of each shape that takes that ring: a long job has thousands of items and a handful of shapes."""
     schedule, plan = workload.schedule, workload.schedule.plan
     sizes = [(plan.num_left(block), plan.lengths[block], plan.num_right(block)) for block in range(plan.num_blocks)]
     alike: dict[tuple[tuple[int, int, int], Context, Context, int], Item] = {}
-    for item in schedule.items:
-        if not item.is_skipped:
-            alike[sizes[item.block], item.left, item.right, workload.halves_of(item)] = item
+    for item in schedule.on_ring(ring):
+        alike[sizes[item.block], item.left, item.right, workload.halves_of(item)] = item
     found = {(*query_and_key_frames(schedule, item), workload.halves_of(item)): item for item in alike.values()}
     return list(found.values())
 
@@ -240,12 +241,14 @@ def _messages(rank: int, num_ranks: int) -> int:
     return 3 if rank in (0, num_ranks - 1) else 5
 
 
-def _text_bytes(workload: Workload, num_layers: int, width_bytes: int, num_texts: int) -> int:
-    """Per expert: the projected texts, their K and V in every layer, and the time projections of all steps."""
+def _text_bytes(workload: Workload, num_layers: int, width_bytes: int, num_texts: int, num_rings: int) -> int:
+    """Per expert: the projected texts, their K and V in every layer (of the ring's own halves), and the time projections of all
+    steps."""
     dim = workload.sizes.dim
     one = workload.num_halves * workload.text_tokens * dim * width_bytes
     times = workload.schedule.num_steps * dim * (6 * width_bytes + 4)
-    return num_texts * one * (1 + 2 * num_layers) + times
+    halves = -(-workload.num_halves // num_rings)
+    return num_texts * (one + one * halves // workload.num_halves * 2 * num_layers) + times
 
 
 def _rope_bytes(workload: Workload) -> int:

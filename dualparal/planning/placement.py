@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dualparal.errors import RequestError
+from dualparal.method.grid import Grid
 from dualparal.options import EngineOptions
 from dualparal.planning.sizes import (
     DTYPE_BYTES,
@@ -75,7 +76,8 @@ class ModelSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which part runs where: `layers[r]` layers on rank r, each rank on a GPU of its own or all on this host's CPU.
+    """Which part runs where: `layers[s]` layers on stage s of each of `guidance` rings, each rank on a GPU of its own or all on
+    this host's CPU.
 
     `codec_rank`: the rank whose GPU the codec shares, None for a GPU of its own. `bytes_per_device`: of each GPU, or of the
     host; None when not known. `text_encoder`: keep, free or cpu (where it is while a job is denoised), or auto until
@@ -93,6 +95,16 @@ class Placement:
     quantization: str | None = None
     is_offloaded: bool = False
     is_cache_offloaded: bool = False
+    guidance: int = 1
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(len(self.layers), self.guidance)
+
+    @property
+    def codec_stage(self) -> int | None:
+        """The stage of `codec_rank`."""
+        return None if self.codec_rank is None else self.grid.stage_of(self.codec_rank)
 
     @classmethod
     def of(cls, options: EngineOptions, **where: Any) -> Placement:
@@ -101,7 +113,7 @@ class Placement:
         return cls(
             dtype=options.dtype, vae_dtype=options.vae_dtype, text_encoder=options.text_encoder,
             quantization=options.quantization, is_offloaded=options.offload, is_cache_offloaded=options.offload_cache,
-            on_gpu=options.device != "cpu", **where,
+            on_gpu=options.device != "cpu", guidance=options.guidance_parallel, **where,
         )  # fmt: skip
 
 

@@ -65,8 +65,13 @@ class _Option:
     apply: Callable[[Settings, Placement], tuple[Settings, Placement]]
 
 
-# From the least change of the video to the greatest. Offloaded caches and layers give the same bits.
+# From the least change of the video to the greatest. One ring, offloaded caches and layers give the same bits.
 _OPTIONS = (
+    _Option(
+        "--guidance_parallel 1",
+        lambda request, placement: placement.guidance > 1 and placement.grid.ranks <= sum(placement.layers),
+        lambda request, placement: (request, _on_one_ring(placement)),
+    ),
     _Option(
         "--offload_cache",
         lambda request, placement: placement.on_gpu and not placement.is_cache_offloaded and request.context == "cached",
@@ -80,7 +85,7 @@ _OPTIONS = (
     _Option(
         "--schedule paper --context recomputed",
         lambda request, placement: request.context == "cached",
-        lambda request, placement: (as_in_the_paper(request), placement),
+        lambda request, placement: (as_in_the_paper(request, placement.guidance), placement),
     ),
     _Option(
         "--vae_dtype bfloat16",
@@ -93,6 +98,10 @@ _OPTIONS = (
         lambda request, placement: (request, replace(placement, quantization="fp8")),
     ),
 )
+
+
+def _on_one_ring(placement: Placement) -> Placement:
+    return replace(placement, guidance=1, layers=even_layers(sum(placement.layers), placement.grid.ranks))
 
 
 def _on_these_devices(request: Settings, model: ModelSizes, placement: Placement) -> Iterator[_Place]:
@@ -162,7 +171,7 @@ def _places(plan: JobPlan, model: ModelSizes) -> Iterator[_Place]:
     elsewhere: list[_Place] = []
     if placement.codec_rank is not None:
         layers = even_layers(sum(placement.layers), len(placement.layers) - 1)
-        flags = f"--ranks {len(layers)}"
+        flags = f"--ranks {len(layers) * placement.guidance}"
         if even_layers(sum(placement.layers), len(placement.layers)) != placement.layers:
             flags += _split_flag(layers)  # in place of a split for more ranks
         alone = moved(plan, model, replace(placement, layers=layers, codec_rank=None))
@@ -199,10 +208,12 @@ def _on_more_gpus(request: Settings, model: ModelSizes, placement: Placement) ->
     """More GPUs of the same size that hold the request as it is. On a CPU more ranks need more memory, not less."""
     if not placement.on_gpu:
         return
-    num_layers, gpus = sum(placement.layers), len(placement.layers) + (placement.codec_rank is None)
+    num_layers, gpus = sum(placement.layers), placement.grid.ranks + (placement.codec_rank is None)
     is_split_by_hand = placement.layers != even_layers(num_layers, len(placement.layers))
-    for more in range(gpus + 1, min(MOST_GPUS, num_layers) + 1):
-        where = replace(placement, layers=even_layers(num_layers, more), codec_rank=more - 1)
+    for more in range(gpus + 1, min(MOST_GPUS, num_layers * placement.guidance) + 1):
+        if more % placement.guidance:
+            continue
+        where = replace(placement, layers=even_layers(num_layers, more // placement.guidance), codec_rank=more - 1)
         for flags, plan in _places(plan_job(request, model, where, is_short=True), model):
             if is_split_by_hand and "--layer_split" not in flags:
                 flags += _split_flag(plan.placement.layers)
@@ -213,6 +224,8 @@ def changes_in_words(asked: JobPlan, proposed: JobPlan) -> list[str]:
     """What is different in `proposed`, one line each with what it costs."""
     before, after, old, new = asked.placement, proposed.placement, asked.request, proposed.request
     lines = []
+    if after.guidance != before.guidance:
+        lines.append("the guidance halves on the same ranks: the same bits, first frames later")
     if after.layers != before.layers or after.codec_rank != before.codec_rank:
         codec = f"rank {after.codec_rank}'s GPU" if after.codec_rank is not None else "a GPU of its own"
         lines.append(f"{', '.join(map(str, after.layers))} layers, the codec on {codec}: the same bits")

@@ -25,7 +25,7 @@ def settle(
 ) -> Settings:  # fmt: skip
     """`complete` for these devices; `checkpoint` is what it takes besides. `speed` says whether copies of `--offload_cache`
     are hidden, `host_bytes` whether their host has room (None: not known, taken to be so). Raises `RequestError`."""
-    values = {"ranks": len(placement.layers), "num_experts": sizes.num_experts, **checkpoint}
+    values = {"ranks": len(placement.layers), "rings": placement.guidance, "num_experts": sizes.num_experts, **checkpoint}
     roomy = complete(request, preset, has_room=True, **values)
     sizes.check_size(roomy)
     if not depends_on_room(request, preset.schedule, preset.context):

@@ -53,6 +53,7 @@ from dualparal.ring.arrays import tensor_of
 from dualparal.ring.denoiser import Denoiser
 from dualparal.ring.encoding import Encoding
 from dualparal.ring.looks import Looks
+from dualparal.ring.rings import Trips
 from dualparal.ring.saved_sweeps import StateWriter, read_state
 from dualparal.ring.stage_loop import SpanLog
 from dualparal.ring.start import start_latents
@@ -103,7 +104,7 @@ class Coordinator:
                 self._take(self._requests.get())
             message = self._waiting.pop(0)
             if isinstance(message, Shutdown):
-                self._links.broadcast(None) if self._links.ranks > 1 else None
+                self._links.broadcast(None) if self._links.grid.ranks > 1 else None
                 self._to_codec.put(message)
                 self._to_codec.close()
                 self._to_codec.join_thread()
@@ -203,8 +204,8 @@ class Coordinator:
             is_stopped=lambda: self._is_stopped(job.job_id),
             on_step=progress.step,
             on_block=lambda block, latents: self._decode(job, block, latents, shown),
-            spans=SpanLog("stage 0", lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
-            saver=saver, looks=looks, trips=TextTrips(spec.shape, schedule, spec.conditions),
+            spans=SpanLog(self._links.grid.names[0], lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
+            saver=saver, looks=looks, trips=self._trips(spec, schedule),
             say=lambda text: self._stage.embed_text(texts[text]), turns=lambda item: steering.is_due(item, schedule),
             ghost=None if start is None else Ghost(
                 start[:, :, -plan.num_left(0) :], request.seed, samplers.sigmas, is_clean=self._stage.is_start_clean(plan)
@@ -231,10 +232,9 @@ class Coordinator:
                 self._stage.turn(spec.shape, schedule, spec.conditions)
                 self._to_codec.put(TurnVideo(job))
                 progress.follow(schedule, at)
-                trips = TextTrips(spec.shape, schedule, spec.conditions)
                 assert isinstance(noise, CoordinatedNoise)  # a job with given noise is not turned
                 noise.follow(plan)
-                denoiser.turn(schedule, trips)
+                denoiser.turn(schedule, self._trips(spec, schedule))
                 finished = denoiser.run()
         except NotFinite:
             self._stage.end()
@@ -248,6 +248,9 @@ class Coordinator:
         timings["save_s"] = saver.seconds
         timings["look_s"] = looks.seconds
         self._to_codec.put(CloseVideo(job.job_id, not finished, timings))
+
+    def _trips(self, spec: JobSpec, schedule: Schedule) -> Trips:
+        return {ring: TextTrips(spec.shape, schedule, spec.conditions, ring) for ring in self._links.grid.rings}
 
     def _decode(self, job: RunJob, block: int, latents: torch.Tensor, shown: torch.Tensor | None) -> None:
         """Hand a finished block to the codec, and with the first what is `shown` before it."""

@@ -1,7 +1,8 @@
 """Rank 0: owns latents, noise and samplers, walks the schedule, hands finished blocks on.
 
-`Denoiser` runs one job over stage 0 and the ring; it knows nothing of queues and processes. At most `2 * ranks` block steps
-are under way at once: enough to keep every stage busy, few enough that finished blocks leave at once and buffers stay small.
+`Denoiser` runs one job over stage 0 and the other ranks; it knows nothing of queues and processes, and what ranks make of a
+block step is the affair of `Rings`. At most twice as many block steps as a ring has stages are under way at once: enough to
+keep every stage busy, few enough that finished blocks leave at once and buffers stay small.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from dualparal.method.borders import Border, Ends, borders
 from dualparal.method.noise import Ghost
 from dualparal.method.sampler import BlockSampler, SamplerFactory
 from dualparal.method.schedule import Item, Schedule
+from dualparal.ring.rings import Rings, Trips
 from dualparal.ring.saved_sweeps import StateWriter, SweepState
 from dualparal.ring.stage_loop import RunsItems, SpanLog
-from dualparal.ring.texts import TextTrips
-from dualparal.ring.transport import STOP, TURN, Links, pack
+from dualparal.ring.transport import STOP, TURN, Links
 
 
 class SeesSteps(Protocol):
@@ -48,7 +49,7 @@ class Denoiser:
         spans: SpanLog,
         saver: StateWriter | None = None,
         looks: SeesSteps | None = None,
-        trips: TextTrips | None = None,
+        trips: Trips | None = None,
         say: Callable[[int], torch.Tensor] | None = None,
         turns: Callable[[Item], bool] = lambda item: False,
         ghost: Ghost | None = None,
@@ -62,7 +63,7 @@ class Denoiser:
         self.is_turning = False  # `run` has returned for that
         self._turns = turns
         self._looks, self._ghost = looks, ghost
-        self._stage, self._links, self._schedule = stage, links, schedule
+        self._schedule = schedule
         self._new_sampler, self._noise = functools.partial(samplers.new, schedule.max_order), noise
         self._device = samplers.timesteps.device
         self._is_stopped, self._on_step, self._on_block, self._spans = is_stopped, on_step, on_block, spans
@@ -70,10 +71,9 @@ class Denoiser:
         self._samplers: dict[int, BlockSampler] = {}
         self._version: dict[int, int] = {}  # steps done by each block
         self._ends: Ends[torch.Tensor] = Ends(schedule)
-        self._under_way: deque[Item] = deque()
+        self._rings = Rings(stage, links, schedule, self._device, spans, trips, say)
         self._to_skip: dict[int, deque[Item]] = defaultdict(deque)  # skipped steps by block, until the block is there
-        self._saver, self._trips, self._say = saver, trips, say
-        self._rest = rest
+        self._saver, self._rest = saver, rest
         self._to_save: Border | None = None  # under way
         self._error: NotFinite | None = None
         self.next_index = 0  # the item that `run` begins with
@@ -98,10 +98,11 @@ class Denoiser:
         tails, heads = ({key: x.to(self._device) for key, x in ends.items()} for ends in (state.tails, state.heads))
         self._ends.follow(self._schedule, tails, heads)
 
-    def turn(self, schedule: Schedule, trips: TextTrips) -> None:
+    def turn(self, schedule: Schedule, trips: Trips) -> None:
         """Go on where `run` turned, by another schedule, which agrees with the present one so far, as the noise does from here
         on; all else as in the constructor."""
-        self._schedule, self._trips = schedule, trips
+        self._schedule = schedule
+        self._rings.follow(schedule, trips)
         self._ends.follow(schedule, self._ends.tails, self._ends.heads)
         self._border_after = {border.last.index: border for border in borders(schedule)}
         self.is_turning = False
@@ -117,11 +118,13 @@ class Denoiser:
         return finished
 
     def _walk(self) -> bool:
-        most = 2 * self._links.ranks
         for item in self._schedule.items[self.next_index :]:
+            if self._rings.has_left(item):
+                self._begin_save(item)
+                continue
             is_resting = self._rest is not None and item.index == self._rest.next_index
             if is_resting or self._is_stopped() or self._error is not None:
-                self._send_end(item, STOP)
+                self._rings.end(item.index, STOP)
                 self._drain()
                 return False
             if item.is_skipped:
@@ -129,35 +132,20 @@ class Denoiser:
                 self._extrapolate(item.block)
                 continue
             if item.half != 1 and self._turns(item):
-                self._send_end(item, TURN)
+                self._rings.end(item.index, TURN)
                 self._drain()
                 self.next_index, self.is_turning = item.index, True
                 return False
             if item.block not in self._latents:
                 self._enter(item.block)
-            while self._version[item.block] < item.step or not self._has_context(item) or len(self._under_way) >= most:
+            while self._version[item.block] < item.step or not self._has_context(item) or self._rings.is_full:
                 self._take_prediction()
-            window, said = self._window(item), self._said(item)
-            with self._spans.working(item):
-                out = self._stage.run(item, window)
+            prediction = self._rings.start(item, self._window(item))
             self._begin_save(item)
-            if self._links.outgoing is not None:
-                assert out is not None
-                self._links.outgoing.send(pack(out, text=said))
-                self._expect(item)
-            elif out is not None:
-                self._apply(item, out)
+            if prediction is not None:
+                self._apply(item, prediction)
         self._drain()
         return True
-
-    def _said(self, item: Item) -> torch.Tensor | None:
-        """The text that travels with `item`, once this rank's own stage has heard it."""
-        if self._trips is None or (text := self._trips.of(item)) is None:
-            return None
-        assert self._say is not None
-        said = self._say(text)
-        self._stage.hear(text, said)
-        return said
 
     def _begin_save(self, item: Item) -> None:
         """Choose `item`'s border to be saved, once its prediction has been applied."""
@@ -193,23 +181,8 @@ class Denoiser:
         assert self._ghost is not None
         return self._ghost.seen_at(version).to(self._device)
 
-    def _expect(self, item: Item) -> None:
-        """Post the receive of the item's prediction; the first of two guidance halves has none."""
-        assert self._links.incoming is not None
-        if not item.is_whole:
-            return
-        size = torch.Size(self._stage.prediction_shape(item)).numel()
-        self._links.incoming.post(size + 1, torch.float32)
-        self._under_way.append(item)
-
     def _take_prediction(self) -> None:
-        assert self._links.incoming is not None
-        item = self._under_way.popleft()
-        message = self._links.incoming.take()
-        prediction = message[:-1].view(self._stage.prediction_shape(item))
-        if message.device.type != self._device.type:  # it came through host memory
-            prediction = prediction.to(self._device)
-            self._links.incoming.give_back(message)
+        item, prediction = self._rings.take()
         self._apply(item, prediction)
         self._extrapolate(item.block)
 
@@ -223,22 +196,10 @@ class Denoiser:
             self._apply(item, prediction)
 
     def _drain(self) -> None:
-        while self._under_way:
+        while not self._rings.is_empty:
             self._take_prediction()
-        if self._links.outgoing is not None:
-            self._links.outgoing.flush()
+        self._rings.flush()
         self._spans.flush()
-
-    def _send_end(self, item: Item, signal: float) -> None:
-        """Every rank leaves at `item`, or the next one that makes the trip: the message has the size it would have had, so that
-        posted receives match."""
-        if self._links.outgoing is not None:
-            awaited = next(later for later in self._schedule.items[item.index :] if not later.is_skipped)
-            size = torch.Size(self._stage.hidden_shape(awaited)).numel()
-            if self._trips is not None:
-                size += self._trips.num_elements(self._trips.of(awaited))
-            nothing = torch.zeros(size, dtype=self._stage.dtype, device=self._device)
-            self._links.outgoing.send(pack(nothing, signal))
 
     def _apply(self, item: Item, prediction: torch.Tensor) -> None:
         """Step the block's own sampler; a finished block leaves."""

@@ -52,6 +52,7 @@ def rank_main(
             loras=options.loras, attention=options.engine.attention, is_compiled=options.engine.compile,
             quantization=options.engine.quantization, is_offloaded=options.engine.offload,
             is_cache_offloaded=options.engine.offload_cache, lora_cache_bytes=options.engine.lora_cache_bytes,
+            ring=options.grid.ring_of(rank),
         )  # fmt: skip
         find = MapFinder(checkpoint, cache_folder() / CACHE)
         parts = call_hook(options, rank=rank, stage=stage, links=links, uplink=uplink, requests=requests, find_map=find)
@@ -92,7 +93,7 @@ def join_ring(rank: int, options: WorkerOptions, uplink: Uplink, device: torch.d
         if rank:
             store = dist.TCPStore(told.host, told.port, options.ranks, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks, timeout=IDLE_TIMEOUT)
-    links = DistributedLinks(rank, options.ranks, device=device, timeout_s=options.engine.timeout_s, key=options.ring_key)
+    links = DistributedLinks(rank, options.grid, device=device, timeout_s=options.engine.timeout_s, key=options.ring_key)
     if options.meeting_folder is not None:
         dist.barrier()  # nobody needs it any more
         if rank == 0:

@@ -7,6 +7,7 @@ sampler; the schedule says what to expect.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -27,6 +28,7 @@ class RunsItems(Protocol):
     """What the runtime asks of a stage; `dualparal.model.stage.Stage` says what each does."""
 
     layers: range
+    is_first: bool
     is_last: bool
     dtype: torch.dtype
 
@@ -34,10 +36,12 @@ class RunsItems(Protocol):
     def begin(self, shape: JobShape, schedule: Schedule, conditions: list[Conditions]) -> None: ...
     def turn(self, shape: JobShape, schedule: Schedule, conditions: list[Conditions]) -> None: ...
     def end(self) -> None: ...
+    def incoming(self, item: Item) -> tuple[tuple[int, ...], torch.dtype]: ...
     def hidden_shape(self, item: Item) -> tuple[int, int, int]: ...
     def prediction_shape(self, item: Item) -> tuple[int, int, int, int, int]: ...
     def hear(self, text: int, said: torch.Tensor) -> None: ...
     def run(self, item: Item, incoming: torch.Tensor) -> torch.Tensor | None: ...
+    def combine(self, item: Item, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor: ...
 
 
 def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span]], None]) -> None:
@@ -50,8 +54,8 @@ def serve_stage(stage: RunsItems, links: Links, report: Callable[[str, list[Span
         schedule = make_schedule(spec.rules, spec.plan, spec.experts)
         stage.use_loras(spec.loras)
         (stage.turn if spec.is_turn else stage.begin)(spec.shape, schedule, spec.conditions)
-        spans = SpanLog(f"stage {links.rank}", functools.partial(report, spec.job_id))
-        trips = TextTrips(spec.shape, schedule, spec.conditions)
+        spans = SpanLog(links.grid.names[links.rank], functools.partial(report, spec.job_id))
+        trips = TextTrips(spec.shape, schedule, spec.conditions, links.grid.ring_of(links.rank))
         if run_stage(stage, links, schedule, spans, trips, start=spec.start) != TURN:  # else the next announcement follows
             stage.end()
             working_on(None)
@@ -64,7 +68,7 @@ def run_stage(
     left. `trips` are those of texts that come on the way."""
     incoming, outgoing = links.incoming, links.outgoing
     assert incoming is not None and outgoing is not None
-    items = [item for item in schedule.items[start:] if not item.is_skipped]
+    items = schedule.on_ring(links.grid.ring_of(links.rank), start)
 
     texts: list[int | None] = []  # that come with each item
 
@@ -72,8 +76,8 @@ def run_stage(
         if place < len(items):
             texts.append(None if trips is None else trips.of(items[place]))
             more = 0 if trips is None else trips.num_elements(texts[place])
-            batch, tokens, dim = stage.hidden_shape(items[place])
-            incoming.post(batch * tokens * dim + more + 1, stage.dtype)
+            shape, dtype = stage.incoming(items[place])
+            incoming.post(math.prod(shape) + more + 1, dtype)
 
     # The next receive runs beside the work; not on a GPU, where NCCL's waits in a kernel, and CUDA may load a kernel of ours
     # only when the card is idle: rank 0 would wait for our prediction, and we for its message.
@@ -82,8 +86,11 @@ def run_stage(
     signal = GO
     for place, item in enumerate(items):
         message = incoming.take()
-        hidden, signal = unpack(message, stage.hidden_shape(item))
+        hidden, signal = unpack(message, stage.incoming(item)[0])
         if signal != GO:
+            if stage.is_first and not stage.is_last:  # what came in was of another size
+                more = 0 if trips is None else trips.num_elements(texts[place])
+                message = pack(torch.zeros(math.prod(stage.hidden_shape(item)) + more, dtype=stage.dtype), signal)
             if not stage.is_last:
                 outgoing.send(message)
             break

@@ -13,18 +13,19 @@ from collections.abc import Sequence
 
 import torch
 
+from dualparal.method.grid import Ring
 from dualparal.method.schedule import Item, Schedule
 from dualparal.method.timeline import Mixture, TextsAtHand
 from dualparal.model.stage import Conditions, JobShape
 
 
 class TextTrips:
-    """Which item carries which text, for one rank that walks the schedule from some item on."""
+    """Which item carries which text, for one rank that walks the items of its ring from some item on."""
 
-    def __init__(self, shape: JobShape, schedule: Schedule, conditions: Sequence[Conditions]) -> None:
+    def __init__(self, shape: JobShape, schedule: Schedule, conditions: Sequence[Conditions], ring: Ring = None) -> None:
         """The texts in `conditions` are there from the start; all that travel are as long as the first of them."""
         self._num_known = len(conditions[0].texts)
-        self._walk = TextsAtHand(shape.text_of_block, schedule.num_steps)
+        self._walk = TextsAtHand(shape.text_of_block, schedule.last_on_ring(ring))
         self.shape = (len(conditions), *conditions[0].texts[0][0].shape[1:])  # [experts, L, D]
 
     def of(self, item: Item) -> int | None:

@@ -1,6 +1,7 @@
 """How ranks talk: a ring of directed edges for activations, and a control group for job announcements.
 
-Rank r sends to r + 1, the last rank sends predictions back to rank 0. A rank posts the receive of its next item before it
+Rank r sends to r + 1, the last rank sends predictions back to rank 0; of two rings (`method.grid`) each is such a row, and rank
+0 sends latents to the beginning of the second. A rank posts the receive of its next item before it
 computes the present one (with NCCL after it, see `stage_worker`); sends are asynchronous and their handles and tensors are kept
 until done (gloo loses the message otherwise). Only then are they written again: a job's messages have few sizes, so that its
 loop allocates none. Each message ends with one element, its signal, so that Stop travels with the block step it ends.
@@ -15,12 +16,15 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dualparal.errors import WorkerDied
+from dualparal.method.grid import Edge as GridEdge
+from dualparal.method.grid import Grid
 from dualparal.ring.announcement import decode, encode
 from dualparal.ring.authentication import authenticate
 
@@ -54,13 +58,23 @@ class Edge(Protocol):
         """Wait until everything sent has been taken."""
 
 
+@dataclass(frozen=True)
+class RingBeside:
+    """Rank 0's connections to the first and from the last rank of the ring that is not its own."""
+
+    outgoing: Edge
+    incoming: Edge
+
+
 class Links(Protocol):
-    """A rank's place in the ring. `incoming` and `outgoing` are None on a ring of one."""
+    """A rank's place in the grid. `incoming` and `outgoing` are those along its ring, None where that is rank 0 alone; `beside`
+    is the other ring, for rank 0 only."""
 
     rank: int
-    ranks: int
+    grid: Grid
     incoming: Edge | None
     outgoing: Edge | None
+    beside: RingBeside | None
 
     def broadcast(self, message: T | None) -> T | None:
         """Rank 0's `message`, on every rank (elsewhere with its tensors on the CPU); waits without a deadline while the engine
@@ -162,49 +176,52 @@ class DistributedEdge:
             raise WorkerDied(f"rank {self._peer} is gone or did not answer in {self._timeout.total_seconds():.0f} s") from error
 
 
-def edge_device(source: int, ranks: int, device: torch.device) -> torch.device:
-    """Where the messages lie that rank `source` sends: on its `device`, but for the last rank's predictions, which go through
-    host memory. They are small, and rank 0 posts their receives far ahead: with NCCL each would be a kernel that spins on its
-    card until the prediction comes."""
-    return torch.device("cpu") if source == ranks - 1 else device
+def edge_device(edge: GridEdge, device: torch.device) -> torch.device:
+    """Where the messages of `edge` lie: on the rank's `device`, but for predictions, and latents on their way to the second
+    ring, which go through host memory. They are small, and receives are posted far ahead: with NCCL each would be a kernel that
+    spins on its card until the message comes."""
+    return torch.device("cpu") if edge.is_latents else device
 
 
 class DistributedLinks:
-    """The ring over torch.distributed: one group per directed edge (NCCL serialises each communicator; predictions always go
-    over gloo), and a gloo control group over all ranks."""
+    """The grid over torch.distributed: one group per directed edge (NCCL serialises each communicator; latents and predictions
+    always go over gloo), and a gloo control group over all ranks."""
 
-    def __init__(self, rank: int, ranks: int, *, device: torch.device, timeout_s: float, key: bytes) -> None:
+    def __init__(self, rank: int, grid: Grid, *, device: torch.device, timeout_s: float, key: bytes) -> None:
         """`torch.distributed` must be initialised; a collective call: all ranks make it. `key` is the engine's own, which
         nobody else knows. Raises `WorkerFailed` when somebody in a gloo group does not."""
-        self.rank, self.ranks = rank, ranks
-        self.incoming: Edge | None = None
-        self.outgoing: Edge | None = None
+        self.rank, self.grid = rank, grid
         self._control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         authenticate(self._control, key, "control")
-        for source in range(ranks):
-            target, place, seconds = (source + 1) % ranks, edge_device(source, ranks, device), timeout_s
+        ends: dict[tuple[int, bool], Edge] = {}  # this rank's, by (ring, whether it sends)
+        for edge in grid.edges():
+            place, seconds = edge_device(edge, device), timeout_s
             backend = "nccl" if place.type == "cuda" else "gloo"
             if backend == "nccl":  # it counts from the post, and rank 0 may be that many items ahead
-                seconds *= 2 * ranks + 1
-            group = dist.new_group([source, target], backend=backend, timeout=datetime.timedelta(seconds=seconds))
-            if backend == "gloo" and rank in (source, target):
-                authenticate(group, key, f"{source} to {target}")
-            if rank == source:
-                self.outgoing = DistributedEdge(target, group, place, seconds)
-            if rank == target:
-                self.incoming = DistributedEdge(source, group, place, seconds)
+                seconds *= 2 * grid.stages + 1
+            both = [edge.source, edge.target]
+            group = dist.new_group(both, backend=backend, timeout=datetime.timedelta(seconds=seconds))
+            if rank not in both:
+                continue
+            if backend == "gloo":
+                authenticate(group, key, f"{edge.source} to {edge.target}")
+            peer, is_outgoing = (edge.target, True) if rank == edge.source else (edge.source, False)
+            ends[edge.ring, is_outgoing] = DistributedEdge(peer, group, place, seconds)
+        own = grid.ring_of(rank) or 0
+        self.incoming, self.outgoing = ends.get((own, False)), ends.get((own, True))
+        self.beside = RingBeside(ends[1, True], ends[1, False]) if rank == 0 and grid.guidance > 1 else None
         if device.type == "cuda":
-            self._warm_up(device)
+            self._warm_up(device, ends)
 
-    def _warm_up(self, device: torch.device) -> None:
-        """NCCL connects on first use, with both ends waiting: do it in ring order, once, before any early receive."""
-        for source in range(self.ranks):
-            if self.rank == source and self.outgoing:
-                self.outgoing.send(torch.zeros(1, device=device))
-                self.outgoing.flush()
-            if self.rank == (source + 1) % self.ranks and self.incoming:
-                self.incoming.post(1, torch.float32)
-                self.incoming.take()
+    def _warm_up(self, device: torch.device, ends: dict[tuple[int, bool], Edge]) -> None:
+        """NCCL connects on first use, with both ends waiting: do it in the grid's order, once, before any early receive."""
+        for edge in self.grid.edges():
+            if self.rank == edge.source:
+                ends[edge.ring, True].send(torch.zeros(1, device=device))
+                ends[edge.ring, True].flush()
+            if self.rank == edge.target:
+                ends[edge.ring, False].post(1, torch.float32)
+                ends[edge.ring, False].take()
         torch.cuda.synchronize(device)
 
     def broadcast(self, message: T | None) -> T | None:
@@ -223,9 +240,10 @@ class DistributedLinks:
 class SoloLinks:
     """A ring of one rank: nothing to send."""
 
-    rank, ranks = 0, 1
+    rank, grid = 0, Grid()
     incoming: Edge | None = None
     outgoing: Edge | None = None
+    beside: RingBeside | None = None
 
     def broadcast(self, message: T | None) -> T | None:
         return message

@@ -67,14 +67,14 @@ def num_entered(found: Snapshot) -> int:
     return 1 + max((*(event.block for event in found.blocks), *entered), default=0)
 
 
-def meters(progress: Progress | None) -> str:
-    """One bar per stage: the share of the last seconds in which it computed."""
+def meters(progress: Progress | None, stages: Sequence[str]) -> str:
+    """One bar for each of these: the share of the last seconds in which it computed."""
     if progress is None or not progress.busy:
         return ""
     bars = "".join(
-        f'<div class="meter"><span>stage {rank}</span><b style="--share:{min(1.0, max(0.0, share)):.3f}"></b>'
+        f'<div class="meter"><span>{name}</span><b style="--share:{min(1.0, max(0.0, share)):.3f}"></b>'
         f"<span>{share * 100:.0f} %</span></div>"
-        for rank, share in enumerate(progress.busy)
+        for name, share in zip(stages, progress.busy, strict=False)
     )
     return f'<div class="meters" aria-label="share of the last seconds in which each stage computed">{bars}</div>'
 

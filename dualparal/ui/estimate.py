@@ -84,7 +84,7 @@ class Estimator:
             num_frames=num_frames, seconds=num_frames / request.fps, num_blocks=num_blocks,
             num_items=num_blocks * request.num_inference_steps, time_s=self.time_s(request), wait_s=wait_s,
             bytes_per_rank=plan.bytes_per_rank, refusal=plan.refusal, chosen=request.chosen,
-            idle=idle_ranks(request, self._engine.ranks),
+            idle=idle_ranks(request, self._engine.grid),
             is_endless=request.is_endless,
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ class Estimator:
         if history.num_runs != 1 or not history.is_timed or not isinstance(final, Finished) or "denoise_s" not in final.timings:
             return None
         record = folder.record()
-        alike = {"model": self._model, "ranks": self._engine.ranks}
+        alike = {"model": self._model, "ranks": self._engine.ranks, "guidance_parallel": self._engine.grid.guidance}
         alike |= {name: getattr(self._engine, name, None) for name in ("dtype", "threads")}
         if record.get("baseline") or any(record.get(name, here) != here for name, here in alike.items()):
             return None

@@ -252,7 +252,7 @@ def _shown(studio: Studio, settings: Settings, preset: Preset) -> dict[str, Any]
     """What the form shows of `settings`, by name."""
     at = ranges(preset)
     shown = settings.model_dump(include=set(NAMES) - set(BEGINS)) | {"prompt": written(settings)}
-    shown["pace"] = pace.of_settings(settings, studio.engine.ranks)
+    shown["pace"] = pace.of_settings(settings, studio.engine.grid)
     # The slider's steps are whole latents from 0 on; a single picture lies between the first two.
     frames = settings.num_frames
     shown["seconds"] = (frames - 1 if frames > 1 else 1) / settings.fps

@@ -11,6 +11,7 @@ import math
 
 from dualparal.errors import RequestError
 from dualparal.method.event_model import even_stagger
+from dualparal.method.grid import Grid
 from dualparal.method.rules import settle_rules
 from dualparal.presets import USUAL, Preset
 from dualparal.request import ScheduleName, Settings
@@ -42,10 +43,10 @@ def spread(settings: Settings, place: int) -> Settings:
     return settings.model_copy(update={"max_in_flight": -(-num_steps // stagger), "stagger": stagger})
 
 
-def of_settings(settings: Settings, ranks: int) -> int:
-    """The place nearest to what `settings` ask of an engine of `ranks` ranks."""
+def of_settings(settings: Settings, grid: Grid) -> int:
+    """The place nearest to what `settings` ask of an engine whose ranks stand in `grid`."""
     if settings.schedule == "paper":
         return SMOOTHEST
-    soonest = settle_rules(settings, USUAL, ranks)
+    soonest = settle_rules(settings, USUAL, grid.stages, grid.guidance)
     doublings = round(math.log2(max(1.0, settings.max_in_flight / soonest.max_in_flight)))
     return max(SMOOTHEST + 1, SOONEST - doublings)

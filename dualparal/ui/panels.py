@@ -33,7 +33,8 @@ def engine_chip(studio: Studio) -> str:
     """The line at the top right: is it ready, what is loaded, on how many stages."""
     engine = studio.engine
     state = engine.state if engine.state in ENGINE_WORDS else "starting"
-    stages = f"{engine.ranks} stage{'s' * (engine.ranks != 1)} on {safe(studio.device)}"
+    grid, rings = engine.grid, "two rings of " if engine.grid.guidance > 1 else ""
+    stages = f"{rings}{grid.stages} stage{'s' * (grid.stages != 1)} on {safe(studio.device)}"
     why = (
         f'<p class="engine-error" role="alert">{safe(without_paths(engine.error))}</p>'
         if engine.state == "failed" and engine.error
@@ -141,7 +142,7 @@ def board(found: Snapshot, studio: Studio, root: str = "") -> str:
         f'<p class="headline"{alert}><i></i><b>{safe(head)}</b><span>{safe(detail)}</span>{first_words}</p>'
         f"{_progress_bar(found, share)}"
         f"{timeline.shots_row(found.request, charts.num_entered(found) if found.request.is_endless else None)}"
-        f"{charts.strip(found, root)}{charts.meters(progress if found.state == 'running' else None)}"
+        f"{charts.strip(found, root)}{charts.meters(progress if found.state == 'running' else None, studio.engine.grid.names)}"
         f'{notice}<p class="asked">“{safe(short(found.request.all_text, 160))}”</p></section>'
     )
 

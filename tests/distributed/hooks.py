@@ -89,7 +89,7 @@ def holds(*, rank: int | None, **parts: Any) -> dict[str, Any] | None:
         if steps[0] == IS_HELD:
             with (folder / f"begun on rank {rank}").open("ab") as begun:
                 begun.write(b".")
-            if rank == links.ranks - 1 and item.index == HELD_ITEM:
+            if rank == links.grid.ranks - 1 and item.index == HELD_ITEM:
                 (folder / "held").touch()
                 wait_for_file(folder / "stop has come")
         return run(item, incoming)

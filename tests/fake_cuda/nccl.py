@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from dualparal.ring.transport import edge_device
+from dualparal.method.grid import Edge, Grid
+from dualparal.ring.transport import RingBeside, edge_device
 from tests.fake_cuda.card import CARD
 
 COMPUTE = "compute"
@@ -28,11 +29,11 @@ class Deadlock(Exception):
 
 @dataclass(eq=False)
 class Op:
-    """Something on a queue. `edge`: of a send or receive, (source, target), and `number` which of that edge's; `after`: it
+    """Something on a queue. `edge`: of a send or receive, and `number` which of that edge's; `after`: it
     waits for that one."""
 
     what: str
-    edge: tuple[int, int] | None = None
+    edge: Edge | None = None
     number: int = 0
     after: Op | None = None
     payload: torch.Tensor | None = None
@@ -44,7 +45,7 @@ class Op:
 class Cards:
     """The devices of all ranks."""
 
-    ranks: int
+    grid: Grid
     one_queue: bool
     queues: dict[tuple[int, Any], deque[Op]] = field(default_factory=lambda: defaultdict(deque))
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -114,8 +115,8 @@ class Cards:
 class NcclEdge:
     """One end of an edge, as `DistributedEdge` uses NCCL."""
 
-    def __init__(self, cards: Cards, rank: int, edge: tuple[int, int], most_unsent: int, is_eager: bool) -> None:
-        self._is_on_device = edge_device(edge[0], cards.ranks, CARD).type == "cuda"
+    def __init__(self, cards: Cards, rank: int, edge: Edge, most_unsent: int, is_eager: bool) -> None:
+        self._is_on_device = edge_device(edge, CARD).type == "cuda"
         self.holds_up_the_device = self._is_on_device and not is_eager
         self._cards, self._rank, self._edge, self._most_unsent = cards, rank, edge, most_unsent
         self._sent: deque[Op] = deque()
@@ -163,10 +164,15 @@ class NcclLinks:
     """A rank's place in the ring. `is_eager`: receives are posted before the work, as they must not be."""
 
     def __init__(self, cards: Cards, rank: int, most_unsent: int, is_eager: bool = False) -> None:
-        self.rank, self.ranks = rank, cards.ranks
-        there, before = (rank + 1) % cards.ranks, (rank - 1) % cards.ranks
-        self.outgoing = NcclEdge(cards, rank, (rank, there), most_unsent, is_eager)
-        self.incoming = NcclEdge(cards, rank, (before, rank), most_unsent, is_eager)
+        self.rank, self.grid = rank, cards.grid
+        ends = {
+            (edge.ring, rank == edge.source): NcclEdge(cards, rank, edge, most_unsent, is_eager)
+            for edge in cards.grid.edges()
+            if rank in (edge.source, edge.target)
+        }
+        own = cards.grid.ring_of(rank) or 0
+        self.outgoing, self.incoming = ends.get((own, True)), ends.get((own, False))
+        self.beside = RingBeside(ends[1, True], ends[1, False]) if (rank, self.grid.guidance) == (0, 2) else None
 
     def broadcast(self, message: Any) -> Any:
         raise NotImplementedError

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 
 from dualparal.method import sampler as sampler_module
+from dualparal.method.grid import Grid
 from dualparal.method.plan import BlockPlan
 from dualparal.method.sampler import SamplerFactory
 from dualparal.method.schedule import Rules, Schedule, make_schedule
@@ -216,7 +217,7 @@ def test_predictions_come_to_rank_0_through_host_memory(monkeypatch: pytest.Monk
         shape = JobShape(*LATENTS, 2, (5.0, 5.0), (0,) * schedule.plan.num_blocks)
         stage.begin(shape, schedule, stage.embed_conditions(samplers.timesteps, [[torch.empty(TEXT)] * 2]))
         noise = (torch.empty(1, 16, length, *LATENTS) for length in schedule.plan.lengths)
-        links = SimpleNamespace(rank=0, ranks=3, incoming=back, outgoing=there)
+        links = SimpleNamespace(rank=0, grid=Grid(3), incoming=back, outgoing=there, beside=None)
         denoiser = Denoiser(
             stage, links, schedule, samplers, noise, is_stopped=lambda: False, on_step=lambda item: None,
             on_block=lambda block, latents: blocks.update({block: latents}), spans=SpanLog("stage 0", lambda _: None),
@@ -237,10 +238,11 @@ def test_the_last_rank_sends_them_from_host_memory(monkeypatch: pytest.MonkeyPat
         return made(*size, **options)
 
     with fake_card(monkeypatch):
+        edges = list(Grid(3).edges())
         message = torch.empty(7, device=CARD)
         monkeypatch.setattr(torch, "empty", unpinned)
-        DistributedEdge(0, None, edge_device(2, 3, CARD), 60).send(message)
-        DistributedEdge(2, None, edge_device(1, 3, CARD), 60).send(message)
+        DistributedEdge(0, None, edge_device(edges[2], CARD), 60).send(message)
+        DistributedEdge(2, None, edge_device(edges[1], CARD), 60).send(message)
     assert [(one.device.type, one.numel()) for one in sent] == [("cpu", 7), ("cuda", 7)]
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from dualparal.method.event_model import ItemCost, even_cost, forecast
+from dualparal.method.grid import Edge, Grid
 from dualparal.method.plan import BlockPlan
 from dualparal.method.rules import plan_of, rules_of
 from dualparal.method.schedule import Item, Rules, Schedule, make_schedule
 from dualparal.ring.denoiser import Denoiser
 from dualparal.ring.stage_loop import SpanLog, run_stage
-from dualparal.ring.transport import MAX_UNSENT
+from dualparal.ring.transport import MAX_UNSENT, RingBeside
 from tests.settings import settings
 
 DEADLINE_S = 120
@@ -78,10 +79,16 @@ class VirtualEdge:
 
 
 class VirtualLinks:
-    def __init__(self, rank: int, ranks: int, wires: list[Wire], clock: Clock) -> None:
-        self.rank, self.ranks = rank, ranks
-        self.outgoing = VirtualEdge(wires[rank], clock) if ranks > 1 else None
-        self.incoming = VirtualEdge(wires[rank - 1], clock) if ranks > 1 else None
+    def __init__(self, rank: int, grid: Grid, wires: dict[Edge, Wire], clock: Clock) -> None:
+        self.rank, self.grid = rank, grid
+        ends = {
+            (edge.ring, rank == edge.source): VirtualEdge(wire, clock)
+            for edge, wire in wires.items()
+            if rank in (edge.source, edge.target)
+        }
+        own = grid.ring_of(rank) or 0
+        self.outgoing, self.incoming = ends.get((own, True)), ends.get((own, False))
+        self.beside = RingBeside(ends[1, True], ends[1, False]) if (rank, self.grid.guidance) == (0, 2) else None
 
     def broadcast(self, message: Any) -> Any:
         raise NotImplementedError
@@ -92,11 +99,16 @@ class VirtualStage:
 
     dtype = torch.float32
 
-    def __init__(self, rank: int, ranks: int, schedule: Schedule, cost: ItemCost, clock: Clock) -> None:
-        self.rank, self.is_last, self._schedule, self._cost, self._clock = rank, rank == ranks - 1, schedule, cost, clock
+    def __init__(self, rank: int, grid: Grid, schedule: Schedule, cost: ItemCost, clock: Clock) -> None:
+        self.rank, self.ring, self._schedule, self._cost, self._clock = rank, grid.ring_of(rank), schedule, cost, clock
+        self.is_first, self.is_last = grid.stage_of(rank) == 0, grid.stage_of(rank) == grid.stages - 1
         self.layers = range(rank, rank + 1)
         self.done: dict[int, float] = {}
         self.worked = 0.0
+
+    def incoming(self, item: Item) -> tuple[tuple[int, ...], torch.dtype]:
+        """A window's latents, or activations."""
+        return (1, 1, sum(self._schedule.window_frames(item)) if self.is_first else 1, 1, 1), torch.float32
 
     def hidden_shape(self, item: Item) -> tuple[int, int, int]:
         return 1, 1, 1
@@ -108,11 +120,14 @@ class VirtualStage:
         spent = self._cost(item, self.rank)
         self._clock.now += spent
         self.worked += spent
-        if item.step + 1 == self._schedule.num_steps and item.is_whole:
+        if item.step + 1 == self._schedule.num_steps and (item.is_whole or self.ring is not None):
             self.done[item.block] = self._clock.now
         if self.is_last:
-            return torch.zeros(self.prediction_shape(item)) if item.is_whole else None
+            return torch.zeros(self.prediction_shape(item)) if item.is_whole or self.ring is not None else None
         return torch.zeros(self.hidden_shape(item))
+
+    def combine(self, item: Item, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+        return cond + uncond
 
 
 class NoSampler:
@@ -128,12 +143,13 @@ class NoSampler:
         return latents
 
 
-def run_in_virtual_time(schedule: Schedule, ranks: int, cost: ItemCost) -> tuple[dict[int, float], list[float]]:
-    """(when the last stage was done with each block, share of the whole that each stage worked)."""
-    clocks, wires = [Clock() for _ in range(ranks)], [Wire() for _ in range(ranks)]
-    links = [VirtualLinks(rank, ranks, wires, clocks[rank]) for rank in range(ranks)]
-    stages = [VirtualStage(rank, ranks, schedule, cost, clocks[rank]) for rank in range(ranks)]
-    spans = [SpanLog(f"stage {rank}", lambda _: None) for rank in range(ranks)]
+def run_in_virtual_time(schedule: Schedule, grid: Grid, cost: ItemCost) -> tuple[dict[int, float], list[float]]:
+    """(when the last stages were done with each block, share of the whole that each rank worked)."""
+    ranks = grid.ranks
+    clocks, wires = [Clock() for _ in range(ranks)], {edge: Wire() for edge in grid.edges()}
+    links = [VirtualLinks(rank, grid, wires, clocks[rank]) for rank in range(ranks)]
+    stages = [VirtualStage(rank, grid, schedule, cost, clocks[rank]) for rank in range(ranks)]
+    spans = [SpanLog(grid.names[rank], lambda _: None) for rank in range(ranks)]
     threads = [
         threading.Thread(target=run_stage, args=(stages[rank], links[rank], schedule, spans[rank]), daemon=True)
         for rank in range(1, ranks)
@@ -150,7 +166,8 @@ def run_in_virtual_time(schedule: Schedule, ranks: int, cost: ItemCost) -> tuple
     for thread in threads:
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
-    done = stages[-1].done
+    ends = [stage.done for stage in stages if stage.is_last]
+    done = {block: max(end.get(block, 0.0) for end in ends) for block in ends[0]}
     return done, [stage.worked / max(done.values()) for stage in stages]
 
 
@@ -172,9 +189,25 @@ def test_model_and_runtime_agree(method: str, ranks: int) -> None:
     schedule = make_schedule(rules_of(request), plan_of(request), (0,) * 8)
     cost = even_cost(schedule, ranks)
     model = forecast(schedule, ranks, cost)
-    done, busy = run_in_virtual_time(schedule, ranks, cost)
+    done, busy = run_in_virtual_time(schedule, Grid(ranks), cost)
     assert [done[block] for block in sorted(done)] == pytest.approx(model.block_done)
     assert max(done.values()) == pytest.approx(model.total)
+    assert busy == pytest.approx(model.busy)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_they_agree_on_two_rings(method: str, stages: int) -> None:
+    """To the last digit: both halves of a block step leave at once, and rank 0 has its prediction when both are back."""
+    values = {"num_cat": 4, "latents_num": 4 * 9 + 4, "num_inference_steps": 8, **METHODS[method]}
+    request = settings(ranks=stages, rings=2, num_per_block=4, height=32, width=32, guidance_scale=5.0, **values)
+    request = request.model_copy(update={"guidance_start": 0.2})  # the second ring has nothing to do in the first steps
+    schedule = make_schedule(rules_of(request), plan_of(request), (0,) * 8)
+    assert any(item.half == 1 for item in schedule.items) and not all(item.half is not None for item in schedule.items)
+    cost = even_cost(schedule, stages)
+    model = forecast(schedule, stages, cost, rings=2)
+    done, busy = run_in_virtual_time(schedule, Grid(stages, 2), cost)
+    assert [done[block] for block in sorted(done)] == pytest.approx(model.block_done)
     assert busy == pytest.approx(model.busy)
 
 
@@ -187,7 +220,7 @@ def test_they_agree_with_an_uneven_split(ranks: int) -> None:
         return even(item, rank) * (1.5 if rank == ranks - 1 else 1.0)
 
     model = forecast(schedule, ranks, cost)
-    done, _ = run_in_virtual_time(schedule, ranks, cost)
+    done, _ = run_in_virtual_time(schedule, Grid(ranks), cost)
     assert done[0] == pytest.approx(model.first_block, rel=0.01)
     assert max(done.values()) == pytest.approx(model.total, rel=0.01)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from dualparal.errors import RequestError
+from dualparal.method.grid import Ring
 from dualparal.method.noise import coordinated_noise
 from dualparal.method.plan import BlockPlan
 from dualparal.method.rules import plan_of
@@ -239,13 +241,17 @@ def test_without_shots_nothing_has_changed() -> None:
 # Texts at hand
 
 
-@given(films(), rules_of_any_kind, st.integers(1, 5), st.integers(0, 2))
+@given(films(), rules_of_any_kind, st.integers(1, 5), st.integers(0, 2), st.sampled_from([None, 0, 1]))
 @tries(max_examples=150, deadline=None)
-def test_texts_are_at_hand_while_blocks_in_flight_listen(film: Any, rules: Rules, num_steps: int, sweeps_gone: int) -> None:
+def test_texts_are_at_hand_while_blocks_in_flight_listen(
+    film: Any, rules: Rules, num_steps: int, sweeps_gone: int, ring: Ring
+) -> None:
     plan = plan_of(film)
     of_block = text_plan(film, plan).of_block
-    items = [item for item in make_schedule(rules, plan, (0,) * num_steps).items if item.sweep >= sweeps_gone]
-    at_hand, walker, most = set(), TextsAtHand(of_block, num_steps), 0
+    rules = replace(rules, micro_batches=rules.micro_batches or ring is not None)
+    schedule = make_schedule(rules, plan, (0,) * num_steps)
+    items = [item for item in schedule.on_ring(ring) if item.sweep >= sweeps_gone]
+    at_hand, walker, most = set(), TextsAtHand(of_block, schedule.last_on_ring(ring)), 0
     for place, item in enumerate(items):
         if (came := walker.comes(item)) is not None:
             assert came not in at_hand

@@ -6,6 +6,7 @@ import pytest
 
 from dualparal.errors import RequestError
 from dualparal.method.event_model import even_cost, forecast
+from dualparal.method.grid import Grid
 from dualparal.method.rules import plan_of, rules_of
 from dualparal.method.schedule import make_schedule
 from dualparal.planning.idle import idle_ranks
@@ -23,7 +24,7 @@ def few(steps: int, ranks: int, **more: object) -> Settings:
     (1, 3, "with 1 step at most 1 block"), (4, 12, "about 4 of 12 ranks"),
 ])  # fmt: skip
 def test_more_ranks_than_steps(steps: int, ranks: int, words: str) -> None:
-    said = idle_ranks(few(steps, ranks), ranks)
+    said = idle_ranks(few(steps, ranks), Grid(ranks))
     assert words in said and bool(words) == bool(said) and "\n" not in said
 
 
@@ -40,7 +41,15 @@ def test_the_event_model_says_the_same(steps: int, ranks: int) -> None:
 def test_guidance_halves_that_travel_alone_count_twice() -> None:
     asked = GenerationRequest(prompt="x", schedule="paper", micro_batches=True)
     settings = complete(asked, Preset(guidance_scale=5.0, num_inference_steps=4), ranks=8)
-    assert idle_ranks(settings, 8) == "" and idle_ranks(settings, 9)
+    assert idle_ranks(settings, Grid(8)) == "" and idle_ranks(settings, Grid(9))
+
+
+def test_a_second_ring_wants_guidance_and_steps() -> None:
+    preset = Preset(guidance_scale=5.0, num_inference_steps=4)
+    guided = complete(GenerationRequest(prompt="x", schedule="paper"), preset, ranks=4, rings=2)
+    assert guided.micro_batches and idle_ranks(guided, Grid(4, 2)) == ""
+    assert "about 8 of 12 ranks are busy: --ranks 8 takes no longer" in idle_ranks(guided, Grid(6, 2))
+    assert "half of the 8 ranks have nothing to do: --guidance_parallel 1" in idle_ranks(few(4, 4), Grid(4, 2))
 
 
 def test_step_caching_wants_steps() -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from dualparal import Engine, GenerationRequest
 from dualparal.engine import worker_group
 from dualparal.messages import JobSpec
+from dualparal.method.grid import Grid
 from dualparal.method.plan import BlockPlan
 from dualparal.method.schedule import Rules
 from dualparal.method.step_cache import StepCache
@@ -92,7 +93,7 @@ def _member(rank: int, ranks: int, folder: str, key: bytes, reported: Any) -> No
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=DEADLINE_S))
     try:
-        links = DistributedLinks(rank, ranks, device=torch.device("cpu"), timeout_s=DEADLINE_S, key=key)
+        links = DistributedLinks(rank, Grid(ranks), device=torch.device("cpu"), timeout_s=DEADLINE_S, key=key)
         reported.put((rank, "met", links.broadcast(spec() if rank == 0 else None) is not None))
     except Exception as error:
         reported.put((rank, type(error).__name__, str(error)))

@@ -18,6 +18,7 @@ from dualparal.events import BlockReady, Queued
 from dualparal.jobs.folder import JobFolder
 from dualparal.jobs.history import History
 from dualparal.messages import Span
+from dualparal.method.grid import Grid
 from dualparal.method.rules import plan_of
 from dualparal.presets import Limits, Preset, complete
 from dualparal.request import AUTO, GenerationRequest, Settings
@@ -216,7 +217,7 @@ def test_pace_goes_from_all_blocks_at_once_to_the_fewest(make: Make, ranks: int)
     assert in_flight == sorted(in_flight, reverse=True)
     # The left end puts more blocks in flight than any other place, because all of them are.
     assert in_flight[0] <= plan_of(found[0]).num_blocks and in_flight[0] > in_flight[-1]
-    assert [pace.of_settings(r, ranks) for r in found] == [0, 1, 2, 3]
+    assert [pace.of_settings(r, Grid(ranks)) for r in found] == [0, 1, 2, 3]
 
 
 def test_a_slider_left_alone_leaves_the_choice_to_the_preset(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
