@@ -124,9 +124,11 @@ def _takes(takes: Sequence[Snapshot], root: str) -> str:
         if take.take is not None
     )
     counts = {"finished": sum(take.state == "finished" for take in takes), "at rest": sum(take.is_resting for take in takes)}
-    seeds = ", ".join(str(take.request.seed) for take in takes)
+    seeds = [take.request.seed for take in takes]
+    is_row = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+    said = f"{seeds[0]}–{seeds[-1]}" if is_row else ", ".join(map(str, seeds))
     ids = ",".join(take.job_id for take in takes)
-    facts = [f"{len(takes)} takes", *(f"{count} {word}" for word, count in counts.items() if count), f"seeds {seeds}"]
+    facts = [f"{len(takes)} takes", *(f"{count} {word}" for word, count in counts.items() if count), f"seeds {said}"]
     return (
         f'<li class="takes" data-job="{safe(lead.job_id)}"><div class="mosaic">{pictures}</div>'
         f'<p class="prompt" title="{safe(request.all_text)}">{prompt}</p><p class="facts">{" · ".join(facts)}</p>'

@@ -83,7 +83,7 @@ class Wall:
         return (
             f'<li{shown}><button type="button" class="look" data-do="show" data-id="{job_id}" aria-label="Show {name}" '
             f'data-looks="{safe(json.dumps(looks))}"><canvas></canvas></button>'
-            f"<p><b>seed {take.request.seed}</b> {safe(head)}</p><div>{go_on}{drop}{star}{side_by_side.box(take)}</div></li>"
+            f"<p><b>seed {take.request.seed}</b> {safe(head)}{star}</p><div>{go_on}{drop}{side_by_side.box(take)}</div></li>"
         )
 
     def _go_on(self, token: str, event: gr.EventData, request: gr.Request) -> str:

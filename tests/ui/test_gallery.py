@@ -145,7 +145,7 @@ def test_takes_are_one_card(studio: Studio) -> None:  # noqa: F811
     cards = shown.split("<li ")[1:]
     assert len(cards) == 3 and "<span>3</span>" in shown
     assert "after" in cards[0] and "before" in cards[2], "where it was made"
-    assert cards[1].count('class="poster"') == 3 and "3 takes · 3 at rest · seeds 7, 8, 9" in cards[1]
+    assert cards[1].count('class="poster"') == 3 and "3 takes · 3 at rest · seeds 7–9" in cards[1]
     assert 'aria-label="Show take 2, seed 8: a kite"' in cards[1] and "data-pick" not in cards[1]
     studio.resume(takes[1], "me")
     finish(studio, takes[1])
