@@ -98,8 +98,10 @@ def cost(reps: int, ranks: int, seconds: float) -> None:
             [["on" if is_on else "off", *(f"{value:.2f}" for value in found[:2]), f"{found[4]:.2f}", f"{found[2]:.3f}",
               f"{100 * found[2] / found[4]:.2f} %"] for is_on, found in medians.items()],
         ))  # fmt: skip
-        print(f"on over off: {medians[True][4] / medians[False][4]:.4f} of the processor time, "
-              f"{medians[True][0] / medians[False][0]:.4f} of the time of denoising")  # fmt: skip
+        pairs = [on[4] / off[4] for on, off in zip(rows[True], rows[False], strict=True)]
+        over = [medians[True][column] / medians[False][column] for column in (4, 0)]
+        print(f"on over off: {over[0]:.4f} of the processor time (pairs {min(pairs):.4f} to {max(pairs):.4f}), {over[1]:.4f} "
+              "of the time of denoising")  # fmt: skip
         print(f"the last look of each block, of its frames, takes the codec {1000 * packed_s:.2f} ms; looks on disk "
               f"{medians[True][3] / 1000:.1f} kB a block; latents the same bits: {len(digests) == 1}")  # fmt: skip
 

@@ -14,6 +14,7 @@ from dualparal.ui import panels
 from dualparal.ui.studio import Studio
 from dualparal.ui.words import without_paths
 
+FINISH = "Finish the film"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -40,7 +41,7 @@ class SteeringField:
                 TRANSITIONS, show_label=False, elem_id="steer-how", scale=1, min_width=100, container=False,
             )  # fmt: skip
             self._go = gr.Button("From here on", elem_id="steer-go", scale=1, min_width=120)
-            self._finish = gr.Button("Finish the film", elem_id="steer-finish", scale=1, min_width=120, visible=False)
+            self._finish = gr.Button(FINISH, elem_id="steer-finish", scale=1, min_width=120, visible=False)
         self.told = gr.HTML(apply_default_css=False, elem_id="steered")
 
     def wire(self, browser: Any, job_id: Any) -> None:

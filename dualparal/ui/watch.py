@@ -10,6 +10,7 @@ import gradio as gr
 
 from dualparal.ui import panels, throttle
 from dualparal.ui.snapshot import Snapshot
+from dualparal.ui.steering import FINISH
 from dualparal.ui.studio import Studio
 
 LOOK_EVERY_S = 0.2
@@ -32,7 +33,8 @@ async def watch(studio: Studio, job_id: str, owner: str, root: str, is_current: 
     another = gr.update(visible=True, value="Stop, try another seed")
     steering = gr.update(visible=not found.is_baseline)
     board = await asyncio.to_thread(panels.board, found, studio, root)
-    yield gr.update(value=None), board, "", stop, another, _hidden(), steering, "", gr.update(visible=found.request.is_endless)
+    finish = gr.update(visible=found.request.is_endless, value=FINISH)
+    yield gr.update(value=None), board, "", stop, another, _hidden(), steering, "", finish
     played, shown, waited_s = 0, "", 0.0
     with throttle.follower() as pause_s:
         while is_current():

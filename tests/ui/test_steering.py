@@ -159,6 +159,10 @@ def test_the_shots_of_an_endless_film_end_with_its_blocks() -> None:
     assert timeline.shots_row(settings, 1).count('class="shot') == 1
     assert timeline.shots_row(settings, 6).count('class="shot') == timeline.shots_row(settings).count('class="shot') == 2
     widths = [int(part.split('"')[0]) for part in timeline.shots_row(settings, 6).split("flex-grow:")[1:]]
+    row = timeline.shots_row(settings, 6)
+    assert "<em>…</em>" in row and row.count(" s</em>") == 1, "the last one has no length"
+    shown = timeline.preview(settings)
+    assert "the last goes on without an end" in shown and shown.count("<i ") < 10 < len(plan_of(settings).lengths)
     plan = plan_of(settings)
     assert sum(widths) == sum(plan.num_frames_of(block) for block in range(6))
 
