@@ -13,10 +13,11 @@ from playwright.sync_api import Browser, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 DEADLINE_MS = 300_000
+SECONDS = "60"  # long enough to be still at work when the picture is taken
 
 
 def take(browser: Browser, address: str, prompt: str, name: str, width: int, height: int, theme: str) -> None:
-    """Ask for a video and take the picture when a few of its blocks are ready and one is playing."""
+    """Ask for a video, take the picture when a few of its blocks are ready and one is playing, and stop it."""
     context = browser.new_context(viewport={"width": width, "height": height})
     page = context.new_page()
     page.set_default_timeout(DEADLINE_MS)
@@ -24,7 +25,7 @@ def take(browser: Browser, address: str, prompt: str, name: str, width: int, hei
     page.wait_for_selector(".chip.ready")
     page.wait_for_selector(".estimate b")
     page.fill("#prompt textarea", prompt)
-    page.fill("#seconds input[type=number]", "16")
+    page.fill("#seconds input[type=number]", SECONDS)
     page.keyboard.press("Tab")
     page.wait_for_timeout(1000)
     page.click("#generate")
@@ -32,7 +33,8 @@ def take(browser: Browser, address: str, prompt: str, name: str, width: int, hei
     page.wait_for_function("document.querySelector('#video video')?.currentTime > 0.6")
     page.evaluate("window.scrollTo(0, 0)")
     page.screenshot(path=IMAGES / f"{name}.png")
-    page.wait_for_selector(".board.finished")
+    page.click("#stop")
+    page.wait_for_selector(".board.cancelled")
     context.close()
 
 
