@@ -31,7 +31,9 @@ def take(browser: Browser, address: str, prompt: str, name: str, width: int, hei
     page.click("#generate")
     page.wait_for_selector(".block.ready >> nth=2", state="attached")
     page.wait_for_function("document.querySelector('#video video')?.currentTime > 0.6")
-    page.evaluate("window.scrollTo(0, 0)")
+    top = "#stage" if width <= 760 else "body"  # a phone shows the form or the film
+    page.evaluate("(top) => document.querySelector(top).scrollIntoView({behavior: 'instant'})", top)
+    page.wait_for_timeout(300)
     page.screenshot(path=IMAGES / f"{name}.png")
     page.click("#stop")
     page.wait_for_selector(".board.cancelled")
