@@ -63,7 +63,7 @@ class Server:
         self.client = self.new_client(auth=auth[0] if auth else None)
 
     def new_client(self, **options: Any) -> Client:
-        return Client(self.url, verbose=False, **options)
+        return Client(self.url, verbose=False, httpx_kwargs={"timeout": DEADLINE_S}, **options)  # it waits 5 s by itself
 
     def close(self) -> None:
         self.client.close()

@@ -175,10 +175,10 @@ class Calls:
         return self.studio.submit(self._request(fields), preset, owner=owner, address=address)
 
     def _request(self, fields: dict[str, Any]) -> GenerationRequest:
-        if not isinstance(fields.get("prompt"), str):
+        if not isinstance(fields.get("prompt"), str) and (fields.get("prompt") is not None or not fields.get("shots")):
             raise RequestError("prompt is missing or not a text; give prompt='what the video shows'", "prompt")
         fields |= {name: uploaded(fields.get(name), name) for name in FILES}
-        return GenerationRequest(**fields)
+        return GenerationRequest(**{name: value for name, value in fields.items() if name != "prompt" or value is not None})
 
     def _video(self, found: Snapshot, must: bool = True) -> FileData | None:
         if must and isinstance(found.final, Failed):

@@ -161,12 +161,14 @@ class Studio:
         found = self.find(job_id, owner)
         if found.take is None:
             return [found]
-        group, mine = found.take.group, []
-        for folder in self.past(owner) if owner else ():
-            if abs(_made_at(folder.job_id) - _made_at(group)) < TAKES_WITHIN_MS and folder.job_id != found.job_id:
-                mine.append(self.readable(folder))
-        mine += [snapshot.of_job(job) for job in self.engine.jobs() if job.owner == owner and job.id != found.job_id]
-        same = {one.job_id: one for one in (found, *mine) if one is not None and one.take and one.take.group == group}
+        group, whose = found.take.group, found.owner  # the operator may ask for anybody's
+        # First those under way, then the past ones: one that ends in between is in both, and not in neither.
+        mine = [snapshot.of_job(job) for job in self.engine.jobs() if job.owner == whose and job.id != found.job_id]
+        for folder in self.past(whose):
+            is_near = abs(_made_at(folder.job_id) - _made_at(group)) < TAKES_WITHIN_MS and folder.job_id != found.job_id
+            if is_near and (one := self.readable(folder)) is not None:
+                mine.append(one)
+        same = {one.job_id: one for one in (found, *mine) if one.take and one.take.group == group}
         return sorted(same.values(), key=lambda one: one.take.number if one.take else 0)
 
     def stop(self, job_id: object, owner: str = "") -> None:

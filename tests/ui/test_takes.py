@@ -45,6 +45,27 @@ def test_over_the_api(studio: Studio) -> None:  # noqa: F811
     assert [take.is_resting for take in studio.takes(chosen, "user:me")] == [True, False, True]
 
 
+def test_one_that_ends_while_they_are_looked_for_is_found(
+    studio: Studio,  # noqa: F811
+    group_log: GroupLog,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    takes = studio.submit_takes(GenerationRequest(**{**ASKED, "prompt": "a slow kite"}), 3, owner="me")
+    past = studio.past
+
+    def past_and_then_all_end(owner: str) -> Any:
+        found = past(owner)
+        group_log.let_go.set()
+        for take in takes:
+            finish(studio, take.job_id)
+        return found
+
+    monkeypatch.setattr(studio, "past", past_and_then_all_end)
+    assert [take.job_id for take in studio.takes(takes[0].job_id, "me")] == [take.job_id for take in takes]
+    for caller in ("operator:", "me"):
+        assert len(studio.takes(takes[1].job_id, caller)) == 3
+
+
 @pytest.mark.parametrize("takes", [0, 5, "2"])
 def test_so_many_and_no_more(studio: Studio, takes: Any) -> None:  # noqa: F811
     with pytest.raises(RequestError, match="takes="):

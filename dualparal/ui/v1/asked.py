@@ -10,37 +10,27 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import json
 import re
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from anyio import to_thread
 from gradio.utils import get_upload_folder
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from dualparal.request import GenerationRequest, shown
+from dualparal.request import shown
 from dualparal.ui.api import FILES
-from dualparal.ui.http.bodies import MAX_CALL_BYTES
 from dualparal.ui.http.refusals import RETRY_S, Refusal
+from dualparal.ui.v1.bodies import PICTURE, form_of, json_of
 
-PICTURE = "input_reference"
 SIZE = re.compile(r"([0-9]{1,5})\s?[x×]\s?([0-9]{1,5})")
 DATA = re.compile(r"data:image/[a-z.+-]{1,20};base64,(.*)", re.DOTALL)
-MAX_FIELDS = 64
 MAX_AT_ONCE = 16  # forms that are being sent: each may hold a picture
-# In a form all values are texts; these are lists.
-LISTS = tuple(
-    name
-    for name, info in GenerationRequest.model_fields.items()
-    if any(get_origin(kind) in (tuple, list) for kind in (info.annotation, *get_args(info.annotation)))
-)
 _num_forms = 0
 
 
@@ -68,7 +58,7 @@ async def asked(request: Request) -> AsyncIterator[Asked]:
     _num_forms += is_form
     found = None
     try:
-        values = await _form(request) if is_form else _json(await request.body())
+        values = await form_of(request) if is_form else await json_of(request)
         found = await to_thread.run_sync(_asked, values)
         yield found
     finally:
@@ -79,53 +69,11 @@ async def asked(request: Request) -> AsyncIterator[Asked]:
             await to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def _json(body: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refusal(400, 'the body is not JSON; send an object such as {"prompt": "a kite"}', "invalid_json") from None
-    if not isinstance(values, dict):
-        raise Refusal(400, f'the body is {shown(values)} and no object; send {{"prompt": "a kite"}}', "invalid_json")
-    return values
-
-
-async def _form(request: Request) -> dict[str, Any]:
-    try:
-        form: FormData = await request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_CALL_BYTES)
-    except HTTPException as error:
-        raise Refusal(400, f"the form cannot be read: {error.detail}", "invalid_form") from None
-    values: dict[str, Any] = {}
-    num_chars = 0
-    for name, value in form.multi_items():
-        if name in values:
-            raise Refusal(400, f"{shown(name)} is there twice; give it once", "invalid_form", param=name[:60])
-        num_chars += len(name) + len(value if isinstance(value, str) else "")
-        if num_chars > MAX_CALL_BYTES:
-            raise Refusal(413, f"the form has more than the {MAX_CALL_BYTES:,} characters it may have", "too_large")
-        if isinstance(value, UploadFile):
-            if name != PICTURE:
-                raise Refusal(
-                    400, f"{shown(name)} is a file; the only one there may be is {PICTURE}", "invalid_form", param=PICTURE
-                )
-            values[name] = value
-        else:
-            values[name] = _json_or_text(value) if name in LISTS else value
-    return values
-
-
-def _json_or_text(text: str) -> Any:
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return text
-
-
 def _asked(values: dict[str, Any]) -> Asked:
     """`values` in the request's own words; their picture on the disk."""
     for name in FILES:
         if name in values:
             raise Refusal(400, f"{name} is called {PICTURE} here", "invalid_value", param=name)
-    if values.get("takes") not in (None, 1, "1"):
-        raise Refusal(400, "takes are several videos; ask for each with a seed of its own", "invalid_value", param="takes")
     size, picture = values.pop("size", None), values.pop(PICTURE, None)
     preset, model = values.pop("preset", None), values.pop("model", None)
     if size is not None:

@@ -1,8 +1,8 @@
 """Bearer tokens of `/v1`: which ones are known, and whose videos a caller may touch.
 
-With keys each of them is an owner of its own, and nobody without one is let in but who has logged in on the page. Without keys
-and without logins any token is an owner's secret, as `owner` is in the page's own API. A link that is handed out with a video
-reads that video and no other.
+With keys each of them is an owner of its own, and nobody without one is let in but who has logged in on the page; a key that is
+sent counts before a login's cookie, which a browser sends by itself. Without keys and without logins any token is an owner's
+secret, as `owner` is in the page's own API. A link that is handed out with a video reads that video and no other.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class Access:
         token = token.strip() if kind.lower() == "bearer" else ""
         if self.studio.owner_of(token) == owners.OPERATOR:
             return owners.OPERATOR
-        if (user := logged_in(request.scope)) is not None:
+        if token and self._is_known(token):
+            return owners.owner_of(token)
+        if not (token and self.keys) and (user := logged_in(request.scope)) is not None:
             return owners.owner_of("", user)
         if not self.keys and not asks_for_login(request.scope):
-            return owners.owner_of(token)
-        if token and self._is_known(token):
             return owners.owner_of(token)
         sentence = "this key is not known here" if token else "a key is missing: send the header Authorization: Bearer KEY"
         raise Refusal(

@@ -22,9 +22,13 @@ class Objects(Calls):
         super().__init__(access.studio)
         self._access, self._root = access, root
 
-    def take(self, asked: Asked, owner: str, address: str) -> Snapshot:
-        """Queue what is asked for, within the limits of `owner` and `address`. Raises `DualParalError`."""
-        return self._submit(asked.preset, owner, address, dict(asked.fields))
+    def take(self, asked: Asked, owner: str, address: str) -> list[Snapshot]:
+        """Queue what is asked for, within the limits of `owner` and `address`: one video or its takes. Raises
+        `DualParalError`."""
+        request = self._request(dict(asked.fields))
+        if (request.takes or 1) > 1:
+            return self.studio.submit_takes(request, request.takes, asked.preset, owner=owner, address=address)
+        return [self.studio.submit(request, asked.preset, owner=owner, address=address)]
 
     def video(self, found: Snapshot) -> dict[str, Any]:
         """The whole object."""
@@ -48,6 +52,8 @@ class Objects(Calls):
             "size": f"{request.width}x{request.height}",
             "seconds": f"{request.num_frames / request.fps:g}",
             "remixed_from_video_id": None,
+            "continue_from": request.continue_from,
+            "take": found.take.number + 1 if found.take else None,
             "error": error_of(found),
             "content_url": self.url(found, "content"),
             "events_url": self.url(found, "events"),
@@ -75,6 +81,8 @@ def error_of(found: Snapshot) -> dict[str, str] | None:
     """Why there is no whole video; None while there may be one."""
     if isinstance(found.final, Failed):
         return {"code": found.final.kind, "message": without_paths(found.final.message)}
+    if found.is_resting:
+        return {"code": "resting", "message": "it is a take that rests at its first look; resume the one that you choose"}
     if found.state == "cancelled":
         return {"code": "cancelled", "message": f"it was stopped after {found.num_frames} frames, which are its content"}
     if found.state == "interrupted":

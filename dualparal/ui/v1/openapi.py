@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from dualparal import __version__
+from dualparal.prompts import TRANSITIONS
 from dualparal.request import GenerationRequest
 from dualparal.ui.api import FILES
 from dualparal.ui.words import safe
@@ -37,6 +38,8 @@ class Described(Protocol):
     def query(self) -> Any: ...
     @property
     def about(self) -> str: ...
+    @property
+    def takes(self) -> str: ...
     @property
     def is_open(self) -> bool: ...
 
@@ -98,9 +101,9 @@ def _operation(door: Described) -> dict[str, Any]:
         "responses": {"200": {"description": "done", "content": answer}, **refusals},
         "security": [] if door.is_open else [{"key": []}, {}],
     }
-    if door.method == "POST" and door.path == "/videos":
-        kinds = ("application/json", "multipart/form-data")
-        found["requestBody"] = {"required": True, "content": {kind: {"schema": _ref("CreateVideo")} for kind in kinds}}
+    if door.takes:
+        kinds = ("application/json", "multipart/form-data")[: 2 if door.takes == "CreateVideo" else 1]
+        found["requestBody"] = {"required": True, "content": {kind: {"schema": _ref(door.takes)} for kind in kinds}}
     return found
 
 
@@ -110,7 +113,7 @@ def _ref(name: str) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     asked = GenerationRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    fields = {name: schema for name, schema in asked["properties"].items() if name not in (*FILES, "takes")}
+    fields = {name: schema for name, schema in asked["properties"].items() if name not in FILES}
     own = {
         "model": {**TEXT, "description": "one of /v1/models; the server's own if left out"},
         "preset": {**TEXT, "description": "the same by its other name"},
@@ -125,13 +128,15 @@ def _schemas() -> dict[str, Any]:
         "progress": {**WHOLE, "description": "percent"}, "created_at": WHOLE, "completed_at": MAYBE_WHOLE,
         "expires_at": MAYBE_WHOLE, "prompt": TEXT, "size": TEXT, "seconds": TEXT, "remixed_from_video_id": MAYBE_TEXT,
         "error": {"anyOf": [{"type": "object", "properties": {"code": TEXT, "message": TEXT}}, {"type": "null"}]},
-        "content_url": TEXT, "events_url": TEXT, "live_url": TEXT,
+        "content_url": TEXT, "events_url": TEXT, "live_url": TEXT, "continue_from": MAYBE_TEXT,
+        "take": {**MAYBE_WHOLE, "description": "which of several it is, from 1 on"},
     }  # fmt: skip
     error = {"message": TEXT, "type": TEXT, "code": TEXT, "param": MAYBE_TEXT}
     listed = {"object": {"const": "list"}, "has_more": {"type": "boolean"}, "first_id": MAYBE_TEXT, "last_id": MAYBE_TEXT}
     return {
         **asked.get("$defs", {}),
         "CreateVideo": _object({**fields, **own}, required=["prompt"]),
+        "Steer": _object({"prompt": TEXT, "transition": {"enum": list(TRANSITIONS)}}, required=["prompt"]),
         "Video": {**_object(video, required=list(video)), "additionalProperties": True},
         "VideoList": _object({**listed, "data": {"type": "array", "items": _ref("Video")}}),
         "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": OBJECT}}),

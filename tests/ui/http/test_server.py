@@ -28,6 +28,20 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made.close()
 
 
+def test_a_busy_machine_opens_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio gives up where its own page is not drawn within 3 s."""
+
+    def too_late(*_: Any, **__: Any) -> httpx.Response:
+        raise httpx.ReadTimeout("timed out")
+
+    monkeypatch.setattr(httpx, "head", too_late)
+    made = Server(tmp_path)
+    try:
+        assert httpx.get(f"{made.url}healthz", timeout=DEADLINE_S).json() == {"status": "alive"}
+    finally:
+        made.close()
+
+
 def test_who_waits_for_a_video_takes_no_ones_place(server: Server) -> None:
     async def run() -> None:
         limits = httpx.Limits(max_connections=None)

@@ -108,7 +108,7 @@ RANGES = [
 ]
 BEHIND = [
     "", "", "/content", "/content", "/content", "/events", "/live.m3u8", "/cancel", "/segments/0.ts", "/segments/-1.ts",
-    "/segments/9999999999999.ts", "/looks/0.jpg", "/looks/..%2f0.jpg", "/content/", "/steer", "/%2e%2e",
+    "/segments/9999999999999.ts", "/looks/0.jpg", "/looks/..%2f0.jpg", "/content/", "/steer", "/finish", "/takes", "/%2e%2e",
 ]  # fmt: skip
 IDS = [
     "ID",
@@ -172,12 +172,15 @@ class Drawn:
         if method == "DELETE" and video_id in self._ids:
             method = "GET"
         headers = {"Range": pick(RANGES)} if self._random.random() < 0.5 else {}
+        body = b""
+        if method == "POST":
+            body = pick(BODIES) if self._random.random() < 0.3 else encoded({pick(NAMES): self._odd(), "prompt": self._odd()})
         if self._random.random() < 0.25:
             headers |= {"Last-Event-ID": pick(["end", "1.2.3", "9" * 100, "x", "-1.0.0"]), "If-Range": pick(['"x"', "x"])}
         return Wire(
             method,
             self._asking(f"/videos/{video_id}{pick(BEHIND)}", ["variant", "format", "link", "last_event_id"]),
-            b"",
+            body,
             headers,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -24,6 +25,7 @@ from dualparal.media.metadata import describe, read_settings
 from dualparal.ui.http.bodies import MAX_CALL_BYTES
 from dualparal.ui.v1 import asked
 from dualparal.ui.v1.keys import read_keys
+from dualparal.ui.v1.ranges import PIECE_BYTES, FileAnswer
 from tests.page_server import DEADLINE_S, GRADIO_WARNINGS, Server
 
 pytestmark = [*GRADIO_WARNINGS, pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")]
@@ -174,6 +176,50 @@ def test_the_finished_prefix_grows_and_is_read_by_ranges(slow: Server, tmp_path:
     assert frames_in(tmp_path / "all.ts") == num_frames == 97
 
 
+def test_what_is_asked_for_by_head_sends_nothing(slow: Server) -> None:
+    """Also of what would go on until the video has ended."""
+    video_id = started(slow)
+    with raw(slow) as client:
+        for path, kind in (("events", "text/event-stream"), ("content", "video/mp2t"), ("segments/0.ts", "video/mp2t")):
+            answer = client.head(f"/videos/{video_id}/{path}")
+            assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind) and answer.content == b""
+        assert int(answer.headers["content-length"]) == len(client.get(f"/videos/{video_id}/segments/0.ts").content)
+
+
+def test_deleted_and_replaced_while_it_is_sent(tmp_path: Path) -> None:
+    """What was begun is sent to its end, as it was; what is gone before is not found."""
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"a" * 3 * PIECE_BYTES)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        path.unlink(missing_ok=True)
+        (tmp_path / "other").write_bytes(b"b")
+        (tmp_path / "other").replace(path)
+
+    async def receive() -> Any:
+        await asyncio.sleep(DEADLINE_S)
+
+    def ask(**headers: str) -> list[Any]:
+        sent.clear()
+        told = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": told, "asgi": {"spec_version": "2.4"}}
+        asyncio.run(FileAnswer(path, "video/mp4")(scope, receive, send))
+        return sent
+
+    assert b"".join(message.get("body", b"") for message in ask()) == b"a" * 3 * PIECE_BYTES
+    head, *body = ask(range="bytes=0-99999")
+    assert head["status"] == 206 and body[0]["body"] == b"b"
+    for date_or_tag in ('"x"', "Thu, 01 Jan 1970 00:00:00 GMT", "\u00ff"):
+        assert ask(range="bytes=0-0", if_range=date_or_tag)[0]["status"] == 200, "it is another by now"
+    assert ask(range="bytes=1-")[0]["status"] == 416
+    for odd in ("bytes=0-0,2-3", "bytes=", "bytes=-", "lines=0-1", "bytes=5-2", "bytes=\u0661-2"):
+        assert ask(range=odd)[0]["status"] == 200, "what is not understood is passed over"
+    path.unlink()
+    assert ask()[0]["status"] == 404
+
+
 def frames_in(path: Path) -> int:
     """Frames that ffmpeg decodes from it."""
     command = [ffmpeg_path(), "-v", "error", "-i", str(path), "-f", "framehash", "-"]
@@ -200,23 +246,6 @@ def test_delete_stops_what_runs_and_cancel_keeps_it(slow: Server) -> None:
         assert client.delete(f"/videos/{gone}").json()["deleted"]
         assert not (slow.studio.outputs / gone).exists() and (slow.studio.outputs / kept).exists()
         assert client.get(f"/videos/{gone}").status_code == 404
-
-
-def test_an_endless_film_is_wrapped_up(slow: Server) -> None:
-    with raw(slow) as client:
-        asked_for = {
-            "prompt": "a kite",
-            "is_endless": True,
-            "num_inference_steps": 4,
-            "schedule": "preview",
-            "context": "cached",
-        }
-        video_id = client.post("/videos", json=asked_for).json()["id"]
-        until(client, video_id, lambda found: len(found["blocks"]) >= 2)
-        assert client.post(f"/videos/{video_id}/finish").status_code == 200
-        found = until(client, video_id, lambda found: found["status"] == "completed")
-        assert found["num_frames"] == found["num_frames_ready"] > 0
-        assert client.post(f"/videos/{video_id}/finish").status_code == 400
 
 
 def test_one_that_fails(server: Server) -> None:
@@ -278,6 +307,21 @@ def test_without_keys_a_token_is_an_owners_secret(tmp_path: Path) -> None:
             assert bob.get(f"/videos/{nobodys}").status_code == 200
         status = server.client.predict(job_id=mine, owner="ann", api_name="/status")
         assert status["job_id"] == mine, "the same owner as in the page's API"
+    finally:
+        server.close()
+
+
+def test_a_key_that_is_sent_counts_before_a_cookie(tmp_path: Path) -> None:
+    server = Server(tmp_path, auth=[("ann", "secret")], item_s=0.001, keys=(ANN,))
+    try:
+        with httpx.Client(base_url=server.url, timeout=DEADLINE_S) as browser, raw(server) as ann:
+            browser.post("login", data={"username": "ann", "password": "secret"})
+            asked_for = {"prompt": "a kite", **SHORT}
+            with_key = browser.post("v1/videos", json=asked_for, headers={"Authorization": f"Bearer {ANN}"}).json()["id"]
+            by_login = browser.post("v1/videos", json=asked_for).json()["id"]
+            assert [one["id"] for one in ann.get("/videos").json()["data"]] == [with_key]
+            assert [one["id"] for one in browser.get("v1/videos").json()["data"]] == [by_login]
+            assert browser.get("v1/videos", headers={"Authorization": f"Bearer {OTHER}"}).status_code == 401
     finally:
         server.close()
 
