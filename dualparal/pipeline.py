@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +107,9 @@ class DualParalPipeline:
         """Make a video of each prompt, `num_videos_per_prompt` times.
 
         `generator`: a seed, a torch.Generator or a list of one for each video; of one for several videos the next ones have the
-        seeds after it. `latents`: the initial noise [1, C, F, h, w]. `fields`: more of `GenerationRequest`'s. Ctrl-C stops what
-        runs. Raises `RequestError`, and as a job's `result`.
+        seeds after it. `latents`: the initial noise [1, C, F, h, w]. `fields`: `image`, a picture or its path, as
+        `WanImageToVideoPipeline` has it, and more of `GenerationRequest`'s. Ctrl-C stops what runs. Raises `RequestError`, and
+        as a job's `result`.
         """
         if output_type not in OUTPUT_TYPES:
             raise RequestError(f"output_type={shown(output_type)} is not known; use {', '.join(OUTPUT_TYPES)}", "output_type")
@@ -129,11 +132,13 @@ class DualParalPipeline:
         fields |= {name: value for name, value in given.items() if value is not None}
         if prompt is None and prompt_embeds is not None:
             prompt = "(embeddings)"  # what people read
-        asked = _asked(prompt, negative_prompt, num_videos_per_prompt or 1, generator)
-        # All of them are checked before the first is made.
-        settings = [self.engine.resolve(GenerationRequest(**{**fields, **one})) for one in asked]
+        asked = _asked(prompt, negative_prompt, _count(num_videos_per_prompt), generator)
         tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        made = [self._made(one, latents, tensors, output_type) for one in settings]
+        with _picture_of(fields.pop("image", None), fields.get("start_image")) as picture:
+            fields |= {"start_image": picture} if picture else {}
+            # All of them are checked before the first is made.
+            settings = [self.engine.resolve(GenerationRequest(**{**fields, **one})) for one in asked]
+            made = [self._made(one, latents, tensors, output_type) for one in settings]
         frames = _together([found for found, _ in made])
         output = PipelineOutput(frames, [path for _, path in made], [one.seed for one in settings])
         return output if return_dict else (frames,)
@@ -166,6 +171,29 @@ def _stopping(job: Job) -> Iterator[None]:
     except BaseException:
         job.cancel()
         raise
+
+
+@contextlib.contextmanager
+def _picture_of(image: Any, start_image: Any) -> Iterator[str | None]:
+    """Where the picture lies that `image` is: its path, or for the time being a file of it."""
+    if image is not None and start_image is not None:
+        raise RequestError("image and start_image are the same; give one of them", "image")
+    if image is None or isinstance(image, (str, os.PathLike)):
+        yield None if image is None else str(image)
+        return
+    if not isinstance(image, Image.Image):
+        raise RequestError(f"image={shown(image)} is neither a picture of PIL nor a path", "image")
+    with tempfile.TemporaryDirectory(prefix="dualparal-") as folder:
+        path = Path(folder) / "image.png"
+        (image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB")).save(path)
+        yield str(path)
+
+
+def _count(num_videos_per_prompt: Any) -> int:
+    count = 1 if num_videos_per_prompt is None else num_videos_per_prompt
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise RequestError(f"num_videos_per_prompt={shown(count)} is not a number from 1 on", "num_videos_per_prompt")
+    return count
 
 
 def _whole(num_frames: int | None) -> int | None:
@@ -228,18 +256,22 @@ def _blocks_of(latents: Any, settings: Settings) -> list[Any] | None:
 
 def _read(folder: Path, num_frames: int, kind: str) -> Any:
     """The frames as they were decoded, from their PNGs: what the mp4 has of them is compressed."""
-    pictures = []
-    for number in range(num_frames):
-        with Image.open(folder / f"{number:06d}.png") as opened:
-            pictures.append(opened.convert("RGB"))
     if kind == "pil":
-        return pictures
-    frames = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32) / 255
+        return [_picture(folder, number) for number in range(num_frames)]
+    width, height = _picture(folder, 0).size
+    frames = np.empty((num_frames, height, width, 3), np.float32)  # in its place at once: long films are large
+    for number in range(num_frames):
+        np.divide(np.asarray(_picture(folder, number)), 255, out=frames[number], dtype=np.float32)
     if kind == "np":
         return frames
     import torch
 
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def _picture(folder: Path, number: int) -> Image.Image:
+    with Image.open(folder / f"{number:06d}.png") as opened:
+        return opened.convert("RGB")
 
 
 def _together(videos: list[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.utils import export_to_video
+from PIL import Image
 
 from dualparal import DualParalPipeline, RequestError
 from dualparal.media.metadata import describe
@@ -66,6 +68,18 @@ def test_several_videos(pipe: DualParalPipeline, group_log: GroupLog) -> None:
     assert [len(video) for video in output.frames] == [17, 9]
 
 
+def test_a_picture_to_begin_with(pipe: DualParalPipeline, tmp_path: Path, group_log: GroupLog) -> None:
+    red = Image.new("RGB", (64, 64), (200, 30, 30))
+    red.save(tmp_path / "red.png")
+    sizes = {"height": 32, "width": 32, "num_inference_steps": 2, "num_per_block": 2, "num_cat": 1}
+    for image in (red, tmp_path / "red.png", str(tmp_path / "red.png"), red.convert("CMYK")):
+        output: Any = pipe("a kite", num_frames=9, image=image, **sizes)
+        assert output.frames.shape == (1, 9, 32, 32, 3)
+    kept = [Image.open(Path(run.folder) / "start.png").tobytes() for run in group_log.runs]
+    assert kept[0] == kept[1] == kept[2] != b"" and len(kept) == 4
+    assert not list(Path(tempfile.gettempdir()).glob("dualparal-*/image.png"))
+
+
 def test_a_length_is_rounded_as_in_diffusers(pipe: DualParalPipeline, caplog: pytest.LogCaptureFixture) -> None:
     assert pipe("a kite", num_frames=8, **SIZE).frames.shape[1] == 9  # type: ignore[union-attr]
     assert "num_frames=8 is not 4k + 1" in caplog.text
@@ -79,6 +93,14 @@ def test_a_length_is_rounded_as_in_diffusers(pipe: DualParalPipeline, caplog: py
         ({"prompt": ["x", "y"], "generator": [1]}, "1 entries for 2"), ({"prompt": "x", "generator": "7"}, "neither a seed"),
         ({"prompt": ["x", "y"], "negative_prompt": ["a"]}, "list of 2"), ({"prompt": "x", "max_sequence_length": 226}, "512"),
         ({"prompt": "x", "latents": torch.zeros(1, 4, 99, 4, 4)}, "one tensor"), ({"prompt": "x", "step": 1}, "not a field"),
+        ({"prompt": "x", "num_videos_per_prompt": 0}, "num_videos_per_prompt=0"),
+        ({"prompt": "x", "num_videos_per_prompt": -1}, "from 1"), ({"prompt": "x", "num_videos_per_prompt": 2.0}, "from 1"),
+        ({"prompt": "x", "num_frames": float("nan")}, "num_frames"), ({"prompt": "x", "height": "big"}, "height"),
+        ({"prompt": ["x", 7]}, "prompt"), ({"prompt": "x", "guidance_scale": float("inf")}, "guidance_scale"),
+        ({"prompt": "x", "generator": 2**70}, "seed"), ({"prompt": "x", "generator": True}, "neither a seed"),
+        ({"prompt": "x", "image": np.zeros((4, 4, 3))}, "neither a"), ({"prompt": "x", "image": "/none.png"}, "no such"),
+        ({"prompt": "x", "image": "a.png", "start_image": "a.png"}, "give"), ({"prompt": "x", "output_type": ["np"]}, "np"),
+        ({"prompt": "x", "latents": "noise"}, "one tensor"), ({"prompt": "x", "prompt_embeds": [1]}, "tensors"),
         ({"prompt": "x", "takes": 2}, "num_videos_per_prompt"), ({"prompt": "x", "is_endless": True}, "pipe.engine"),
     ],
 )  # fmt: skip

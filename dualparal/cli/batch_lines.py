@@ -51,6 +51,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise RequestError(f"batch: {path} is not UTF-8; save it as that", "batch") from None
+    except OSError as error:
+        raise RequestError(f"batch: {path} cannot be read: {error.strerror}", "batch") from None
     yield from ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 

@@ -91,6 +91,15 @@ def test_all_lines_are_checked_before_the_first_is_begun(batch: Command, group_l
     assert not group_log.groups and not (batch.folder / "outputs").exists()
 
 
+def test_a_file_that_cannot_be_read(batch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dualparal.cli.batch_lines.Path.read_text", refuse)
+    assert batch(films("a kite")) == 2
+    assert "films.jsonl cannot be read: Permission denied" in batch.err
+
+
 @pytest.mark.parametrize(("lines", "says"), [("", "is empty"), ("\n \n", "is empty"), ("\udcff", "UTF-8")])
 def test_a_file_that_holds_nothing(batch: Command, lines: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(lines.encode(errors="surrogateescape"))
