@@ -1,7 +1,7 @@
 """Attention processors that let a block attend to its neighbours' K and V (METHOD.md, "One sweep", step 2).
 
-They plug into diffusers' `WanAttention`, so that every other line of a layer is upstream's. K and V are cached before
-`norm_k` and RoPE, so that position is applied anew wherever the frames come to stand.
+They plug into diffusers' `WanAttention`, so that every other line of a layer is upstream's. K and V are cached after `norm_k`,
+which knows no position, and before RoPE, which is applied anew wherever the frames come to stand.
 
 Shapes: B guidance halves, n window tokens, m key tokens, L text tokens, D model dim, H heads, d = D / H.
 """
@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-KeyValue = tuple[torch.Tensor, torch.Tensor]  # K, V: each [B, tokens, D], before norm_k and RoPE
+KeyValue = tuple[torch.Tensor, torch.Tensor]  # K, V: each [B, tokens, D], before RoPE
 TextKey = tuple[int, int | None]  # (number of the text, guidance half or None for both)
 
 
@@ -68,7 +68,7 @@ class SelfAttention:
     ) -> torch.Tensor:
         around = self.surroundings
         assert around is not None, "no block step is being run"
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = attn.to_q(hidden_states), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
         # Copies: a view would hold the whole window's K and V alive.
         if around.head is not None:
             around.kept_head[self.layer] = (key[:, around.head].clone(), value[:, around.head].clone())
@@ -77,8 +77,9 @@ class SelfAttention:
         sides = around.take(self.layer)
         first = sides[0][0].shape[1] if sides[0] else 0  # position of the first query
         key, value = _between(key, sides, 0), _between(value, sides, 1)  # [B, m, D]
+        del sides  # what nobody needs again is gone before attention, where a layer needs most
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # [B, n, H, d]
-        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+        key = key.unflatten(2, (attn.heads, -1))
         out = dispatch_attention_fn(
             rotate(query, around.rope[first:]),
             rotate(key, around.rope),

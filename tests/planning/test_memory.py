@@ -21,7 +21,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from dualparal.method.borders import tensors_of_block
 from dualparal.method.plan import BlockPlan
-from dualparal.method.schedule import Rules, make_schedule
+from dualparal.method.schedule import Context, Rules, make_schedule
 from dualparal.method.step_cache import StepCache
 from dualparal.model.checkpoint import keeps_float32
 from dualparal.model.feature_cache import CrossAttention, SelfAttention, Surroundings
@@ -33,6 +33,7 @@ from dualparal.planning.memory import (
     GPU_RUNTIME_BYTES,
     STEP_COPIES,
     CachedFrames,
+    _layer_peak,
     codec_bytes,
     memory_plan,
     most_cached_frames,
@@ -298,6 +299,32 @@ def test_activations_of_a_real_layer(config: dict[str, Any], dtype: str, num_cat
         held = run_layer(config, (8 + num_cat) * 1560, num_cat * 1560, getattr(torch, dtype), peak)
     counted = memory_plan(workload, height=480, width=832, dtype=dtype).ranks[0].activations
     assert 0.99 * (peak.most + held) <= counted <= 1.01 * (peak.most + held)
+
+
+@pytest.mark.parametrize("config", [WAN_1_3B, WAN_14B], ids=["1.3B", "14B"])
+def test_a_layers_neighbours_are_gone_before_its_largest_moment(config: dict[str, Any]) -> None:
+    """Both neighbours' K and V come in, as many of its own stay: in attention one pair of the two is there."""
+    workload = workload_of(request(latents_num=32), config, [config["num_layers"]], rules=Rules(context="cached"))
+    peak, dim, side = Peak(), config["num_attention_heads"] * 128, 8 * 1560
+    with FakeTensorMode(), torch.inference_mode(), default_dtype(torch.bfloat16):
+        block = WanTransformerBlock(dim, config["ffn_dim"], dim // 128, "rms_norm_across_heads", True)
+        itself, cross = SelfAttention(0), CrossAttention({0: [torch.zeros(1, 512, dim)] * 2})
+        block.attn1.set_processor(itself)
+        block.attn2.set_processor(cross)
+        block(*_quiet(itself, dim), torch.zeros(1, 6, dim), None)  # text K and V are kept from here on
+        rope, temb = torch.zeros(3 * side, 64, dtype=torch.complex64), torch.zeros(1, 6, dim)
+        with peak:
+            left, right = ({0: (torch.zeros(2, side, dim), torch.zeros(2, side, dim))} for _ in range(2))
+            itself.surroundings = Surroundings(rope, left=left, right=right, head=slice(0, side), tail=slice(0, side))
+            block(torch.zeros(2, side, dim), (0, None), temb, None)
+    inner = next(item for item in workload.schedule.items if item.left is item.right is Context.CACHE)
+    counted = _layer_peak(workload, inner, 2, 0) + 2 * 2 * 2 * side * dim * 2  # head and tail, K and V, halves, bfloat16
+    assert 0.99 * peak.most <= counted <= 1.01 * peak.most
+
+
+def _quiet(itself: SelfAttention, dim: int) -> tuple[torch.Tensor, tuple[int, None]]:
+    itself.surroundings = Surroundings(torch.zeros(8, 64, dtype=torch.complex64))
+    return torch.zeros(2, 8, dim), (0, None)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
