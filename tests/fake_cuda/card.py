@@ -29,9 +29,9 @@ _aten = torch.ops.aten
 _PRODUCTS = {
     _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.matmul, _aten.linear, _aten.convolution, _aten.conv2d, _aten.conv3d,
 }  # fmt: skip
-_MADE = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.scalar_tensor}  # by no kernel
-_COPIES = {_aten._to_copy, _aten.copy_}
-_READS = {_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _aten.is_nonzero}
+MADE = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.scalar_tensor}  # by no kernel
+COPIES = {_aten._to_copy, _aten.copy_}
+READS = {_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _aten.is_nonzero}
 
 
 class Notes(TorchDispatchMode):
@@ -53,19 +53,28 @@ class Notes(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, given: list[torch.Tensor], args: Any, kwargs: Any, out: Any) -> None:
-        if not func.is_view and func.namespace == "aten" and func.overloadpacket not in _MADE:
+        if not func.is_view and func.namespace == "aten" and func.overloadpacket not in MADE:
             self.kernels[func.overloadpacket.__name__] += 1
         if func.overloadpacket in _PRODUCTS and any(leaf.dtype == torch.float32 for leaf in given):
-            self.products[_line()] += 1
-        is_copy = func.overloadpacket in _COPIES and len({leaf.device.type for leaf in (*given, out)}) == 2
-        if (is_copy and not kwargs.get("non_blocking") and args[2:] != (True,)) or func.overloadpacket in _READS:
-            self.syncs[_line()] += 1
+            self.products[line()] += 1
+        is_copy = func.overloadpacket in COPIES and len({leaf.device.type for leaf in (*given, out)}) == 2
+        if (is_copy and not kwargs.get("non_blocking") and args[2:] != (True,)) or func.overloadpacket in READS:
+            self.syncs[line()] += 1
 
 
-def _line() -> str:
+def line() -> str:
     """The innermost line of the project that is being run: file.py:12."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(PACKAGE))]
+    frames = _frames()
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "elsewhere"
+
+
+def functions() -> list[str]:
+    """The two innermost of the project that are being run, but for those that only pass on."""
+    return [frame.name for frame in _frames() if frame.name not in ("_guard", "_wait", "<lambda>")][-2:]
+
+
+def _frames() -> list[traceback.FrameSummary]:
+    return [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(PACKAGE))]
 
 
 @contextmanager
@@ -178,6 +187,7 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
     torch.Tensor.cpu: lambda x: _to(x, "cpu"),
     torch.Tensor.contiguous: _contiguous,
     nn.functional.interpolate: lambda x, size, scale_factor, *_, **__: _larger(x, scale_factor),
+    torch.Tensor.copy_: lambda x, source, non_blocking=False: _aten.copy_.default(x, source, non_blocking),
     torch.Tensor.item: _aten._local_scalar_dense.default,
     torch.Tensor.__float__: lambda x: float(_aten._local_scalar_dense.default(x)),
     torch.Tensor.__int__: lambda x: int(_aten._local_scalar_dense.default(x)),
