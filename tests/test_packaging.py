@@ -67,6 +67,7 @@ def test_the_wheel_holds_the_embedded_model(wheel: set[str]) -> None:
     for file in weights.rglob("*"):
         if file.is_file():
             assert str(file.relative_to(ROOT)) in wheel
+    assert "dualparal/pocket/loras/pocket-fast.safetensors" in wheel
 
 
 def test_the_wheel_holds_licences_and_the_command(wheel: set[str]) -> None:
