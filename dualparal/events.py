@@ -63,7 +63,8 @@ class Started(Event):
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
     """Where the run stands, at most a few times a second. `block_steps[b]` denoising steps of block b are done (of
-    `num_steps`); `busy[r]` is the share of the last seconds in which stage r computed (0-1); `eta_s` is None while unknown."""
+    `num_steps`); `busy[r]` is the share of the last seconds in which stage r computed (0-1); `eta_s` is None while unknown.
+    `is_held`: an endless film is as far ahead of who watches it as its `lead` allows, and waits."""
 
     items_done: int
     num_items: int
@@ -71,6 +72,7 @@ class Progress(Event):
     block_steps: tuple[int, ...]
     eta_s: float | None = None
     busy: tuple[float, ...] = ()
+    is_held: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

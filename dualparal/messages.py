@@ -1,9 +1,9 @@
 """Everything that crosses a process border inside one engine, besides the public events. Frozen, picklable, no torch types
 on the front end's side: arrays travel as numpy.
 
-    front end ─ RunJob, CancelJob, Steer, Finish, Shutdown ─► rank 0 ─ JobSpec (broadcast) ─► ranks 1 … N-1
-    rank 0 ─ EncodeText, EncodePicture, OpenVideo, TurnVideo, DecodeBlock, CloseVideo, Shutdown ─► codec ─ Embeddings,
-                                                                                   EncodedPicture ─► rank 0
+    front end ─ RunJob, CancelJob, Steer, Finish, Played, Shutdown ─► rank 0 ─ JobSpec (broadcast) ─► ranks 1 … N-1
+    rank 0 ─ EncodeText, EncodePicture, EncodeClip, OpenVideo, TurnVideo, DecodeBlock, CloseVideo, Shutdown ─► codec
+    codec ─ Embeddings, EncodedPicture ─► rank 0
     every worker ─ Ready, Beat, Spans, WorkerError, ... and public events ─► front end
     across hosts also `dualparal.hosts.messages`
 """
@@ -112,6 +112,14 @@ class Finish:
     number: int
 
 
+@dataclass(frozen=True)
+class Played:
+    """Front end to rank 0: somebody watches `job_id`, and has seen its first `seconds`. Not answered."""
+
+    job_id: str
+    seconds: float
+
+
 TOO_LATE = "every block of the film has entered already; what is under way keeps its text"
 
 
@@ -176,8 +184,21 @@ class EncodePicture:
 
 
 @dataclass(frozen=True)
+class EncodeClip:
+    """Rank 0 to the codec: the clip that a film goes on from, an mp4 of that size in the job's folder; of its frames the last
+    4k + 1, and no more than make `most_latents`."""
+
+    job_id: str
+    file: str
+    width: int
+    height: int
+    most_latents: int
+
+
+@dataclass(frozen=True)
 class EncodedPicture:
-    """Codec to rank 0: its latent frame, float32 [1, C, 1, h, w]."""
+    """Codec to rank 0: its latent frames, float32 [1, C, F, h, w]; F is 1 for a picture, and 0 for a clip that cannot be
+    read."""
 
     job_id: str
     latent: np.ndarray

@@ -187,15 +187,21 @@ class Settings(_Described):
         False, description="the film goes on until it is told to finish; it has no length, and neither has its last shot",
         json_schema_extra={"flags": ["endless"], "is_switch": True},
     )  # fmt: skip
+    lead: float = Field(
+        2.0, ge=0, le=25_000,
+        description="seconds of an endless film that are made ahead of who watches it; no block enters while more are unplayed",
+    )  # fmt: skip
     continue_from: str | None = Field(
-        None, min_length=1, max_length=4096, description="a film to go on from: the id of a job of one's own that has ended",
-        json_schema_extra={"metavar": "JOB"},
+        None, min_length=1, max_length=4096,
+        description="a film to go on from: the id of a job of one's own that has ended, or a video file (mp4, mov, webm)",
+        json_schema_extra={"metavar": "JOB_OR_VIDEO"},
     )  # fmt: skip
     join: bool = Field(
         False, description="the video begins with the film that it continues, which is not encoded again",
         json_schema_extra={"is_switch": True},
     )  # fmt: skip
     ghost: int = Field(0, ge=0, le=MAX_LATENTS, description="latent frames that were kept of the film that is continued")
+    fitted: str = Field("", description="what was done to a video file that is continued, to fit the film's size and rate")
     num_frames_before: int = Field(0, ge=0, description="frames of the film that is continued, where they are joined")
     model: str = Field("", description="hub id or folder name of the model; empty where it is not known")
 
@@ -234,7 +240,7 @@ def asked_again(values: dict[str, Any]) -> dict[str, Any]:
 
 IN_PROMPT = {"shots"}  # what has no flag: it is written in the prompt
 # of the fields of settings; they come of the engine, of the policy and of the film that is continued
-NOT_ASKED = {"model", "left_context", "chosen", "ghost", "num_frames_before"}
+NOT_ASKED = {"model", "left_context", "chosen", "ghost", "fitted", "num_frames_before"}
 
 
 def _open_fields() -> dict[str, Any]:

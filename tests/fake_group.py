@@ -25,6 +25,7 @@ from dualparal.messages import (
     Denoised,
     Finish,
     JobError,
+    Played,
     Ready,
     RunJob,
     Shutdown,
@@ -215,7 +216,7 @@ class FakeGroup:
                     self._stopped.add(message.job_id)
             elif isinstance(message, Steer | Finish):
                 steer(message)
-            else:
+            elif not isinstance(message, Played):
                 self.requests.put(message)
                 break
         return job_id in self._stopped

@@ -50,6 +50,7 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
     "num_inference_steps": ([1, 50, 1000], [0, -1, 1001, 2.5]),
     "guidance_scale": ([0, 1, 5.5, 100], [-0.1, 100.1]),
     "guidance_scale_2": ([0, 1, 5.5, 100], [-0.1, 100.1]),
+    "lead": ([0, 2, 7.5, 25_000], [-0.1, 25_001, 1e300]),
     "guidance_start": ([0, 0.2, 1], [-0.1, 1.1]),
     "guidance_stop": ([0, 0.6, 1], [-0.1, 1.1]),
     "boundary_ratio": ([0, 0.875, 1], [-0.1, 1.1]),
@@ -292,6 +293,7 @@ def test_everything_is_filled_from_the_preset() -> None:
         "disable_cache_after_step": None, "model": "Wan-AI/Some", "shots": None, "start_image": None,
         "loras": (),
         "is_endless": False, "continue_from": None, "join": False, "ghost": 0, "num_frames_before": 0,
+        "lead": 2.0, "fitted": "",
     }  # fmt: skip
     assert settings.num_frames == 81
     assert complete(settings.as_request(), preset) == settings

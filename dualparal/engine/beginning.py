@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dualparal.errors import DualParalError, RequestError
-from dualparal.files import START_IMAGE, checksum_of
+from dualparal.files import CLIP, START_CLIP, START_IMAGE, checksum_of
 from dualparal.jobs.film_end import KeptFilm, find_film
 from dualparal.jobs.folder import JOB_ID, JobFolder
+from dualparal.media.film import read_end
 from dualparal.media.picture import read_picture
+from dualparal.method.plan import KEPT_LATENTS
 from dualparal.paths import expand
 from dualparal.request import GenerationRequest, Settings
 
@@ -49,10 +51,28 @@ def with_beginning(settings: Settings, outputs: Path, latent_sizes: tuple[int, i
         return settings, {START_IMAGE: picture}
     if settings.continue_from is None:
         return settings, {}
+    if not JOB_ID.fullmatch(settings.continue_from):
+        return _with_clip(settings)
     film = find_film(outputs, settings.continue_from)
     _check_fits(settings, film, latent_sizes)
     found: dict[str, Any] = {"ghost": film.shape[2], "num_frames_before": film.num_frames if settings.join else 0}
     return settings.model_copy(update=found), film.files(is_joined=settings.join)
+
+
+def _with_clip(settings: Settings) -> tuple[Settings, Files]:
+    """`with_beginning` for a video file: the settings say what its end is, and how many latent frames are made of it."""
+    assert settings.continue_from is not None
+    if settings.join:
+        raise RequestError(
+            "join: only a film that was made here can be joined without encoding it again; leave join out", "join"
+        )
+    num_latents = max(KEPT_LATENTS, settings.num_cat)
+    clip = read_end(
+        expand(settings.continue_from), width=settings.width, height=settings.height, fps=settings.fps, num_latents=num_latents
+    )
+    found: dict[str, Any] = {"continue_from": f"{CLIP}{checksum_of(clip.data)}", "fitted": clip.about}
+    found |= {"ghost": min(num_latents, clip.num_latents), "num_frames_before": 0}
+    return settings.model_copy(update=found), {START_CLIP: clip.data}
 
 
 def _check_fits(settings: Settings, film: KeptFilm, latent_sizes: tuple[int, int]) -> None:

@@ -23,7 +23,7 @@ from dualparal.jobs.ending import end_surely, join_finished
 from dualparal.jobs.job import Job
 from dualparal.jobs.queue import JobQueue
 from dualparal.locks import SafeCondition
-from dualparal.messages import TOO_LATE, Finish, Steer, SteerAnswer
+from dualparal.messages import TOO_LATE, Finish, Played, Steer, SteerAnswer
 
 log = logging.getLogger(__name__)
 LOOK_FOR_ROOM_S = 1.0
@@ -42,7 +42,7 @@ class Group(Protocol):
     def holds(self, job_id: str) -> bool: ...
     def at_work(self) -> list[Job]: ...
     def stop_job(self, job: Job) -> None: ...
-    def steer_job(self, wish: Steer | Finish) -> None: ...
+    def steer_job(self, wish: Steer | Finish | Played) -> None: ...
     def wake(self) -> None: ...
 
 
@@ -134,14 +134,15 @@ class Dispatcher:
             path, num_frames = join_finished(job)
             job.emit(Cancelled(job_id=job.id, path=path, num_frames=num_frames))
 
-    def steer(self, job: Job, wish: Steer | Finish) -> None:
-        """Hand a wish to the workers that denoise the job; where none do, it is refused."""
+    def steer(self, job: Job, wish: Steer | Finish | Played) -> None:
+        """Hand a wish, or what is played, to the workers that denoise the job; where none do, a wish is refused."""
         with self.changed:
             for group in self.replicas:
                 if group.at_rank_0 is job:
                     group.steer_job(wish)
                     return
-        job.take_answer(SteerAnswer(job.id, wish.number, refusal=TOO_LATE))
+        if not isinstance(wish, Played):
+            job.take_answer(SteerAnswer(job.id, wish.number, refusal=TOO_LATE))
 
     def hear_wishes(self) -> None:
         """Stop the jobs that another program has asked to stop (`jobs.stopping`). Never raises."""

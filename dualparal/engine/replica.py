@@ -24,7 +24,7 @@ from dualparal.errors import CheckpointError, DualParalError, EngineError, Reque
 from dualparal.hosts.listener import HostListener
 from dualparal.jobs.ending import end_surely
 from dualparal.jobs.job import Job
-from dualparal.messages import Beat, CancelJob, Finish, JobError, Ready, Steer, StorePort, WorkerError, WorkerOptions
+from dualparal.messages import Beat, CancelJob, Finish, JobError, Played, Ready, Steer, StorePort, WorkerError, WorkerOptions
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 1800.0  # loading 14B weights from a slow disk takes minutes; one that reads nothing is noticed before
@@ -50,7 +50,7 @@ class Replica(JobsAtWork):
         self.num_restarts = 0
         self.listener: HostListener | None = None  # to ranks on other hosts
         self._to_stop: deque[Job] = deque()
-        self._to_steer: deque[Steer | Finish] = deque()
+        self._to_steer: deque[Steer | Finish | Played] = deque()
         self._wake_reader, self._wake_writer = Pipe(duplex=False)
         self._thread: threading.Thread | None = None
         self._num_failed_starts, self._has_served = 0, False
@@ -84,8 +84,8 @@ class Replica(JobsAtWork):
         self._to_stop.append(job)
         self.wake()
 
-    def steer_job(self, wish: Steer | Finish) -> None:
-        """Tell rank 0 how the job that it is at goes on."""
+    def steer_job(self, wish: Steer | Finish | Played) -> None:
+        """Tell rank 0 how the job that it is at goes on, or how far it has been watched."""
         self._to_steer.append(wish)
         self.wake()
 

@@ -36,7 +36,7 @@ from dualparal.jobs.looks import Looks
 from dualparal.jobs.timeline import Timeline
 from dualparal.jobs.wishes import Wishes
 from dualparal.locks import SafeCondition
-from dualparal.messages import Finish, RunJob, Span, Steer, SteerAnswer
+from dualparal.messages import Finish, Played, RunJob, Span, Steer, SteerAnswer
 from dualparal.prompts import shot_from_here
 from dualparal.request import Settings
 
@@ -85,7 +85,7 @@ class Job:
         *,
         on_end: Callable[[Job], None] = lambda _: None,
         claim: Claim | None = None,
-        steer: Callable[[Job, Steer | Finish], None] | None = None,
+        steer: Callable[[Job, Steer | Finish | Played], None] | None = None,
     ) -> None:
         """`claim` is given back at the end, before anybody is told of it; `on_end` is called after that, once. `steer` takes a
         wish to rank 0, or answers it."""
@@ -202,6 +202,12 @@ class Job:
         told = self._wishes.wait(number, timeout)
         assert isinstance(told, WrappedUp)
         return told
+
+    def tell_played(self, seconds: float) -> None:
+        """Somebody watches the film while it is made and has seen its first `seconds`: an endless one lets no block enter while
+        more than its `lead` is unplayed. To be told every few seconds; after fifteen without it the film goes on freely."""
+        if self._steer is not None and self.request.is_endless and self.state == "running":
+            self._steer(self, Played(self.id, max(0.0, seconds)))
 
     def result(self, timeout: float | None = None) -> JobResult:
         """Wait for the end. Raises the job's error, `JobCancelled` after a stop, TimeoutError after `timeout` seconds."""

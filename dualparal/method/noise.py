@@ -29,7 +29,8 @@ class CoordinatedNoise:
         self._plan, self._num_per_block, self._block = plan, num_per_block, 0
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self._shape = (1, channels, num_per_block + plan.num_cat, height, width)
-        self._pool = torch.empty(0)
+        self._drawn = torch.empty(0)  # a scene's pool as it was drawn
+        self._order = torch.arange(self._shape[2])  # which of its frames stands where by now
 
     def follow(self, plan: BlockPlan) -> None:
         """Go on with the blocks of `plan`, which has those that were drawn so far."""
@@ -39,16 +40,21 @@ class CoordinatedNoise:
         return self
 
     def __next__(self) -> torch.Tensor:
-        block, num_per_block = self._block, self._num_per_block
+        block = self._block
         if block == self._plan.num_blocks:
             raise StopIteration
-        self._block += 1
-        if self._plan.begins_scene(block):
-            self._pool = torch.randn(self._shape, generator=self._generator, dtype=torch.float32)
+        self.skip()
+        return self._drawn[:, :, self._order[len(self._order) - self._plan.lengths[block] :]]
+
+    def skip(self) -> None:
+        """Pass over the next block: the same draws, and no more than a few numbers are moved."""
+        num_per_block = self._num_per_block
+        if self._plan.begins_scene(self._block):
+            self._drawn = torch.randn(self._shape, generator=self._generator, dtype=torch.float32)
+            self._order = torch.arange(self._shape[2])
         perm = torch.randperm(num_per_block, generator=self._generator)
-        pool = torch.cat([self._pool[:, :, num_per_block:], self._pool[:, :, :num_per_block][:, :, perm]], dim=2)
-        self._pool = pool
-        return pool[:, :, pool.shape[2] - self._plan.lengths[block] :].clone()
+        self._order = torch.cat([self._order[num_per_block:], self._order[:num_per_block][perm]])
+        self._block += 1
 
 
 coordinated_noise = CoordinatedNoise

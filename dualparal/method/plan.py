@@ -15,6 +15,8 @@ from dualparal.request import TEMPORAL_FACTOR
 # Of a film's end, kept for one that continues it: a decoder that was primed with so many gives its frames as one decode of both
 # films does, but for one step of 255 (`benchmarks.primed_decode`).
 KEPT_LATENTS = 24
+# Encoded before those of a video file's end: the encoder knows the past, and begins without one (same benchmark, --encoder).
+SETTLING_LATENTS = 8
 
 
 @dataclass(frozen=True)

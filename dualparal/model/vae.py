@@ -8,6 +8,7 @@ de-normalisation in `WanPipeline`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -15,6 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 
 from dualparal.model.layout import Checkpoint
 from dualparal.model.weights import load_vae
+from dualparal.request import TEMPORAL_FACTOR
 
 
 class StreamingDecoder:
@@ -66,16 +68,24 @@ class StreamingDecoder:
 
     @torch.inference_mode()
     def encode_picture(self, picture: torch.Tensor) -> torch.Tensor:
-        """The latent frame of a single picture, uint8 [H, W, 3]: [1, z, 1, h, w] normalised, float32 on the CPU.
+        """The latent frame of a single picture, uint8 [H, W, 3]: [1, z, 1, h, w] normalised, float32 on the CPU."""
+        return self.encode_clip(picture[None])
+
+    @torch.inference_mode()
+    def encode_clip(self, frames: torch.Tensor) -> torch.Tensor:
+        """The latent frames of a clip, uint8 [1 + 4k, H, W, 3]: [1, z, 1 + k, h, w] normalised, float32 on the CPU.
 
         As `AutoencoderKLWan.encode` gives its mode, but for the cache: the video that is being decoded goes on.
         """
-        vae = self.vae
-        x = (picture.to(vae.device, vae.dtype) / 127.5 - 1).permute(2, 0, 1)[None, :, None]
-        if vae.config.patch_size is not None:
-            x = patchify(x, patch_size=vae.config.patch_size)
-        hidden = vae.encoder(x, feat_cache=[None] * vae._cached_conv_counts["encoder"], feat_idx=[0])
-        mode = vae.quant_conv(hidden).chunk(2, dim=1)[0]
+        vae, pieces = self.vae, []
+        cache: list[Any] = [None] * vae._cached_conv_counts["encoder"]
+        for piece in (frames[:1], *(frames[1:].split(TEMPORAL_FACTOR) if len(frames) > 1 else ())):
+            self.on_frame()
+            x = (piece.to(vae.device, vae.dtype) / 127.5 - 1).permute(3, 0, 1, 2)[None]
+            if vae.config.patch_size is not None:
+                x = patchify(x, patch_size=vae.config.patch_size)
+            pieces.append(vae.encoder(x, feat_cache=cache, feat_idx=[0]))
+        mode = vae.quant_conv(torch.cat(pieces, dim=2)).chunk(2, dim=1)[0]
         return ((mode - self._mean) * self._inverse_std).float().cpu()
 
 

@@ -22,11 +22,13 @@ import torch
 from dualparal.errors import OutputError
 from dualparal.events import BlockReady
 from dualparal.logs import working_on
+from dualparal.media.film import last_frames
 from dualparal.media.writer import VideoWriter
 from dualparal.messages import (
     CloseVideo,
     DecodeBlock,
     Embeddings,
+    EncodeClip,
     EncodedPicture,
     EncodePicture,
     EncodeText,
@@ -110,7 +112,7 @@ class Codec:
                 continue
             message = self._waiting.popleft()
             match message:
-                case EncodeText() | EncodePicture():
+                case EncodeText() | EncodePicture() | EncodeClip():
                     self._encode(message)
                 case OpenVideo() | TurnVideo() | DecodeBlock() | CloseVideo():
                     self._serve_video(message)
@@ -130,7 +132,7 @@ class Codec:
 
     def _take_prompts(self) -> None:
         """Move what has arrived to the waiting line, so far as it has room, encoding prompts at once."""
-        for message in [m for m in self._waiting if isinstance(m, EncodeText | EncodePicture)]:
+        for message in [m for m in self._waiting if isinstance(m, EncodeText | EncodePicture | EncodeClip)]:
             self._waiting.remove(message)
             self._encode(message)
         while len(self._waiting) < MOST_LOOKED_AT:
@@ -138,13 +140,16 @@ class Codec:
                 message = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            if isinstance(message, EncodeText | EncodePicture):
+            if isinstance(message, EncodeText | EncodePicture | EncodeClip):
                 self._encode(message)
             else:
                 self._waiting.append(message)
 
-    def _encode(self, message: EncodeText | EncodePicture) -> None:
+    def _encode(self, message: EncodeText | EncodePicture | EncodeClip) -> None:
         started_s = time.monotonic()
+        if isinstance(message, EncodeClip):
+            self._encode_clip(message, started_s)
+            return
         if isinstance(message, EncodePicture):
             working_at("encoding a picture")
             latent = self._decoder.encode_picture(tensor_of(message.picture)).numpy()
@@ -162,6 +167,18 @@ class Codec:
         self._uplink.send(Spans(message.job_id, (Span("text", started_s, ended_s, 0, 0),)))
         arrays = tuple(_without_zeros(embeddings).float().numpy() for embeddings in found)
         self._outbox.put(Embeddings(message.job_id, arrays, lost, ended_s - started_s, message.texts))
+
+    def _encode_clip(self, message: EncodeClip, started_s: float) -> None:
+        working_at("encoding a clip")
+        self._decoder.on_frame = lambda: working_at("encoding a clip")
+        try:
+            frames = last_frames(Path(message.file), message.width, message.height, message.most_latents)
+            latents = self._decoder.encode_clip(tensor_of(frames)).numpy()
+        except OutputError as error:
+            log.warning("%s", error)
+            latents = np.empty((1, 0, 0, 0, 0), np.float32)
+        working_at(None)
+        self._outbox.put(EncodedPicture(message.job_id, latents, time.monotonic() - started_s))
 
     def _serve_video(self, message: OpenVideo | TurnVideo | DecodeBlock | CloseVideo) -> None:
         job_id = message.job.job_id if isinstance(message, OpenVideo | TurnVideo) else message.job_id

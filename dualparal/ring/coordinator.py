@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from dualparal.errors import DualParalError, JobCancelled, NotFinite, RequestError, WorkerDied
-from dualparal.events import Progress, Started
+from dualparal.events import Started
 from dualparal.files import STATE_FOLDER
 from dualparal.logs import working_on
 from dualparal.messages import (
@@ -30,6 +31,7 @@ from dualparal.messages import (
     JobError,
     JobSpec,
     OpenVideo,
+    Played,
     RunJob,
     Shutdown,
     Spans,
@@ -53,17 +55,18 @@ from dualparal.ring.arrays import tensor_of
 from dualparal.ring.denoiser import Denoiser
 from dualparal.ring.encoding import Encoding
 from dualparal.ring.looks import Looks
+from dualparal.ring.progress import ProgressReport
 from dualparal.ring.rings import Trips
-from dualparal.ring.saved_sweeps import StateWriter, read_state
+from dualparal.ring.saved_sweeps import FinishedBlocks, StateWriter, read_state
 from dualparal.ring.stage_loop import SpanLog
 from dualparal.ring.start import start_latents
 from dualparal.ring.steering import Steering
 from dualparal.ring.texts import TextTrips
 from dualparal.ring.transport import Links
+from dualparal.ring.viewing import IN_PLACE_S, Viewing
 from dualparal.ring.worker import Uplink, describe_error
 
 log = logging.getLogger(__name__)
-PROGRESS_INTERVAL_S = 0.2
 NOT_SAVED = (
     "with context=cached and refresh=0 a job cannot be resumed to the same bits from where it was cut off: it starts again "
     "from its first block; leave refresh out to have it saved on the way"
@@ -95,6 +98,7 @@ class Coordinator:
         self._waiting: list[RunJob | Shutdown] = []
         self._running: str | None = None
         self._steering: Steering | None = None  # of the job that runs
+        self._viewing: Viewing | None = None  # of it, too
         self._cancelled: set[str] = set()  # only jobs that run or wait here
 
     def serve(self) -> None:
@@ -120,7 +124,7 @@ class Coordinator:
             self._running = None
             if self._steering is not None:
                 self._steering.refuse_all()
-                self._steering = None
+                self._steering = self._viewing = None
             self._cancelled.discard(message.job_id)
             self._uplink.send(Denoised(message.job_id))
             working_on(None)
@@ -135,6 +139,9 @@ class Coordinator:
                 self._steering.ask(message)
             else:
                 self._uplink.send(SteerAnswer(message.job_id, message.number, refusal=TOO_LATE))
+        elif isinstance(message, Played):
+            if self._viewing is not None and message.job_id == self._running:
+                self._viewing.tell(message.seconds)
         else:
             assert isinstance(message, RunJob | Shutdown)
             self._waiting.append(message)
@@ -149,13 +156,14 @@ class Coordinator:
             raise JobCancelled(f"job {job_id} was stopped before its first block step")
 
     def _run(self, job: RunJob) -> None:
-        request = job.request
+        job_id, request = job.job_id, job.request
         plan = plan_of(request)
 
         def check(steered: Settings) -> None:
             self._noise(replace(job, request=steered), plan_of(steered), *self._latent_size(steered))
 
         steering = self._steering = Steering(job, self._encoding, self._uplink.send, check)
+        viewing = self._viewing = Viewing(request)
         num_items = plan.num_blocks * request.num_inference_steps
         started = Started(job_id=job.job_id, num_blocks=plan.num_blocks, num_items=num_items, num_frames=plan.num_frames)
         self._uplink.send(started)
@@ -164,7 +172,7 @@ class Coordinator:
         folder = Path(job.folder) / STATE_FOLDER
         if request.context == "cached" and not request.refresh and plan.num_blocks > 1:
             log.warning(NOT_SAVED)
-        state, before = read_state(folder) if job.is_resumed else (None, [])
+        state, before = read_state(folder) if job.is_resumed else (None, FinishedBlocks(folder))
         noise = self._noise(job, plan, height, width)
         to_hear = text_plan(request, plan)
         check_stop = functools.partial(self._check_stop, job.job_id)
@@ -173,7 +181,10 @@ class Coordinator:
             log.warning(notice)
             self._uplink.send(replace(started, notice=notice))
         self._stage.use_loras(job.loras)
-        start = start_latents(job, lambda picture: self._encoding.picture(job, picture, timings, check_stop))
+        start = start_latents(
+            job, lambda picture: self._encoding.picture(job, picture, timings, check_stop),
+            lambda clip: self._encoding.clip(job, clip, timings, check_stop),
+        )  # fmt: skip
         shown = start if plan.is_ghost_shown else None
         unseen = None if start is None or plan.is_ghost_shown else start.numpy()
         self._to_codec.put(OpenVideo(job, *_px(request), unseen))
@@ -199,26 +210,42 @@ class Coordinator:
         progress = ProgressReport(job.job_id, schedule, self._uplink, spec.start)
         saver = StateWriter(folder)
         looks = Looks(job.job_id, request.num_inference_steps, self._find_map, self._uplink.send)
+
+        def on_block(block: int, latents: torch.Tensor) -> None:
+            self._decode(job, block, latents, shown)
+            viewing.made(plan.frames(block).stop)
+
+        def waits(item: Item, most_s: float) -> bool:
+            """Whether the ranks are to leave before `item`, for whoever watches to come nearer or for another timeline."""
+            if not viewing.holds(item):
+                return False
+            progress.hold()
+            is_called = viewing.wait(lambda: self._is_stopped(job_id) or steering.is_due(item, schedule), most_s)
+            return is_called or viewing.holds(item)
+
         denoiser = Denoiser(
             self._stage, self._links, schedule, samplers, noise,
             is_stopped=lambda: self._is_stopped(job.job_id),
             on_step=progress.step,
-            on_block=lambda block, latents: self._decode(job, block, latents, shown),
+            on_block=on_block,
             spans=SpanLog(self._links.grid.names[0], lambda spans: self._uplink.send(Spans(job.job_id, tuple(spans)))),
             saver=saver, looks=looks, trips=self._trips(spec, schedule),
-            say=lambda text: self._stage.embed_text(texts[text]), turns=lambda item: steering.is_due(item, schedule),
+            say=lambda text: self._stage.embed_text(texts[text]),
+            turns=lambda item: steering.is_due(item, schedule) or waits(item, IN_PLACE_S),
             ghost=None if start is None else Ghost(
                 start[:, :, -plan.num_left(0) :], request.seed, samplers.sigmas, is_clean=self._stage.is_start_clean(plan)
             ),
             rest=rest_border(schedule, job.rest_at),
         )  # fmt: skip
         for block, latents in enumerate(before):
-            self._decode(job, block, latents, shown)
+            on_block(block, latents)
         if state is not None:
             denoiser.restore(state)
         try:
             finished = denoiser.run()
             while denoiser.is_turning:
+                if steering.job is job:  # nothing new: whoever watches does not play on
+                    waits(schedule.items[denoiser.next_index], math.inf)
                 job = steering.job
                 plan, at = plan_of(job.request), denoiser.next_index
                 to_hear = text_plan(job.request, plan)
@@ -243,7 +270,7 @@ class Coordinator:
         finally:
             looks.close()
         self._stage.end()
-        timings["denoise_s"] = time.monotonic() - started_s
+        timings["denoise_s"] = time.monotonic() - started_s - viewing.held_s
         saver.close()
         timings["save_s"] = saver.seconds
         timings["look_s"] = looks.seconds
@@ -280,51 +307,6 @@ class Coordinator:
                                "num_per_block")  # fmt: skip
         return CoordinatedNoise(
             plan, job.request.num_per_block, job.request.seed, channels=channels, height=height, width=width
-        )
-
-
-class ProgressReport:
-    """Counts block steps and tells the front end a few times a second."""
-
-    def __init__(self, job_id: str, schedule: Schedule, uplink: Uplink, start: int = 0) -> None:
-        self._job_id, self._num_steps, self._uplink = job_id, schedule.num_steps, uplink
-        self.follow(schedule, start)
-
-    def follow(self, schedule: Schedule, start: int) -> None:
-        """Count by `schedule`, of which the items before `start` are done."""
-        self._steps = [0] * schedule.plan.num_blocks
-        # Window frames are a fair measure of an item's work.
-        self._frames = {(item.block, item.step): sum(schedule.window_frames(item)) for item in schedule.items if item.is_whole}
-        self._total = sum(self._frames.values())
-        self._done = 0
-        for item in schedule.items[:start]:
-            if item.is_whole:
-                self._steps[item.block] = item.step + 1
-                self._done += self._frames[item.block, item.step]
-        self._resumed_at = self._done
-        self._started_s = time.monotonic()
-        self._sent_s = 0.0
-
-    def step(self, item: Item) -> None:
-        self._steps[item.block] = item.step + 1
-        self._done += self._frames[item.block, item.step]
-        if self._done == self._resumed_at:  # skipped steps only: no work yet to tell the time by
-            return
-        now_s = time.monotonic()
-        is_last = self._done == self._total
-        if now_s - self._sent_s < PROGRESS_INTERVAL_S and not is_last and item.step + 1 < self._num_steps:
-            return
-        self._sent_s = now_s
-        rate = (self._done - self._resumed_at) / max(now_s - self._started_s, 1e-6)
-        self._uplink.send(
-            Progress(
-                job_id=self._job_id,
-                items_done=sum(self._steps),
-                num_items=len(self._steps) * self._num_steps,
-                num_steps=self._num_steps,
-                block_steps=tuple(self._steps),
-                eta_s=(self._total - self._done) / rate,
-            )
         )
 
 

@@ -17,7 +17,7 @@ import torch
 
 from dualparal.errors import NotFinite
 from dualparal.method.borders import Border, Ends, borders
-from dualparal.method.noise import Ghost
+from dualparal.method.noise import CoordinatedNoise, Ghost
 from dualparal.method.sampler import BlockSampler, SamplerFactory
 from dualparal.method.schedule import Item, Schedule
 from dualparal.ring.rings import Rings, Trips
@@ -87,8 +87,10 @@ class Denoiser:
         self._num_done = sum(item.is_whole for item in before)
         done = {item.block for item in before}
         for block in sorted(done):
-            noise = next(self._noise)  # replayed, so that the blocks still to come get theirs
-            del noise
+            if isinstance(self._noise, CoordinatedNoise):  # so that the blocks still to come get theirs
+                self._noise.skip()
+            else:
+                next(self._noise)
             self._version[block] = self._schedule.num_steps
             if block in state.latents:
                 self._latents[block] = state.latents[block].to(self._device)

@@ -8,13 +8,15 @@ import queue
 import time
 from collections.abc import Callable
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from dualparal.errors import RequestError, WorkerDied
-from dualparal.messages import Embeddings, EncodedPicture, EncodePicture, EncodeText, RunJob
+from dualparal.errors import OutputError, RequestError, WorkerDied
+from dualparal.messages import Embeddings, EncodeClip, EncodedPicture, EncodePicture, EncodeText, RunJob
+from dualparal.method.plan import SETTLING_LATENTS
 from dualparal.method.timeline import TextPlan
 from dualparal.model.text import MAX_TOKENS
 from dualparal.prompts import text_of_shot
@@ -24,6 +26,7 @@ from dualparal.ring.texts import Embedded
 
 T = TypeVar("T", Embeddings, EncodedPicture)
 CUT = "the {} is longer than the model's {} tokens: “{}” and what follows it are left out"
+CLIP_STEPS = 4  # a clip may take so many times as long as a text
 LOOK_INTERVAL_S = 0.2  # for a stop, while the codec encodes
 
 
@@ -94,6 +97,17 @@ class Encoding:
         self._to_codec.put(EncodePicture(job.job_id, picture))
         answer = self._await(job.job_id, EncodedPicture, self._timeout_s, check_stop)
         timings["picture_s"] = answer.seconds
+        return tensor_of(answer.latent)
+
+    def clip(self, job: RunJob, file: Path, timings: dict[str, float], check_stop: Callable[[], None]) -> torch.Tensor:
+        """The latent frames [1, C, F, h, w] float32 of the clip in `file`. Raises `OutputError` for one that cannot be read."""
+        request = job.request
+        most = request.ghost + SETTLING_LATENTS
+        self._to_codec.put(EncodeClip(job.job_id, str(file), request.width, request.height, most))
+        answer = self._await(job.job_id, EncodedPicture, CLIP_STEPS * self._timeout_s, check_stop)
+        timings["picture_s"] = answer.seconds
+        if not answer.latent.size:
+            raise OutputError(f"{file} cannot be read; submit the job again")
         return tensor_of(answer.latent)
 
     def _await(

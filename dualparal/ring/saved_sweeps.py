@@ -19,6 +19,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,25 +153,39 @@ def write_sweep(folder: Path, state: SweepState) -> None:
     write_tensors(folder / SWEEP, tensors, {"about": json.dumps(about)})
 
 
-def read_state(folder: Path) -> tuple[SweepState | None, list[torch.Tensor]]:
+class FinishedBlocks:
+    """The latents of a job's first finished blocks, in order, read one by one: of a long film they do not fit into memory."""
+
+    def __init__(self, folder: Path, count: int = 0) -> None:
+        self._folder, self._count = folder, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Raises `OutputError` where a file is damaged, KeyError where it is another's."""
+        for block in range(self._count):
+            yield read_tensors(block_file(self._folder, block))[0]["latents"]
+
+
+def read_state(folder: Path) -> tuple[SweepState | None, FinishedBlocks]:
     """(a saved border or None, latents of the finished blocks it builds on, in order).
 
     The newest border that is whole, and whose finished blocks are: where a file is damaged the log says so, and the job goes on
     from the border before, or from its start, to the same bits.
     """
-    finished: dict[int, torch.Tensor] = {}
     for file in (folder / SWEEP, folder / SWEEP_BEFORE):
         if not os.path.lexists(file):
             continue
         try:
             state = _read_sweep(file)
-            for block in range(state.num_finished):
-                if block not in finished:
-                    finished[block] = read_tensors(block_file(folder, block))[0]["latents"]
-            return state, [finished[block] for block in range(state.num_finished)]
+            finished = FinishedBlocks(folder, state.num_finished)
+            for _ in finished:
+                pass
+            return state, finished
         except (OutputError, KeyError, TypeError, ValueError) as error:
             log.warning("the saved state of this job is damaged, so that more of it is denoised again: %s", error)
-    return None, []
+    return None, FinishedBlocks(folder)
 
 
 def _read_sweep(file: Path) -> SweepState:

@@ -35,8 +35,11 @@ TELL_EVERY_S = 1.0
 MAX_THREADS = 4  # of one endpoint: more would only keep the page's loop from its turn
 OWNER = "a secret of your own choice; a job made with one is shown only to callers who give the same"
 FILES = ("start_image",)  # of the fields those that a caller uploads
+VIDEO = "continue_video"  # a file in the place of `continue_from`'s job
 MEANINGS = {
     **{name: info.description or name for name, info in GenerationRequest.model_fields.items()},
+    "continue_from": "a film to go on from: the job_id of one of your own that has ended",
+    VIDEO: "a video to go on from in its place: an uploaded mp4, mov or webm",
     "preset": "a preset's name from /presets; the server's own one if left out",
     "transition": "how the new shot begins: switch (at once, the default), blend (over some blocks) or cut (a new scene)",
     "job_id": "what /submit returned",
@@ -178,6 +181,10 @@ class Calls:
         if not isinstance(fields.get("prompt"), str) and (fields.get("prompt") is not None or not fields.get("shots")):
             raise RequestError("prompt is missing or not a text; give prompt='what the video shows'", "prompt")
         fields |= {name: uploaded(fields.get(name), name) for name in FILES}
+        if (video := uploaded(fields.pop(VIDEO, None), VIDEO)) is not None:
+            if fields.get("continue_from") is not None:
+                raise RequestError(f"continue_from and {VIDEO} both say what the film goes on from; give one of them", VIDEO)
+            fields["continue_from"] = video
         return GenerationRequest(**{name: value for name, value in fields.items() if name != "prompt" or value is not None})
 
     def _video(self, found: Snapshot, must: bool = True) -> FileData | None:
@@ -224,7 +231,7 @@ def _takes_request(method: Callable[..., Any]) -> Callable[..., Any]:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("http", kind, annotation=gr.Request)]
     parameters += [inspect.Parameter("prompt", kind, annotation=str)]
-    for name, annotation in [("preset", str | None), *_field_types(), ("owner", str | None)]:
+    for name, annotation in [("preset", str | None), *_field_types(), (VIDEO, FileData | None), ("owner", str | None)]:
         parameters.append(inspect.Parameter(name, kind, default=None, annotation=annotation))
     names = [parameter.name for parameter in parameters]
     returns: Any = dict

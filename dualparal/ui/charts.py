@@ -18,6 +18,7 @@ TIMELINE_WIDTH = 1000
 ROW_HEIGHT = 22
 MOST_SPANS = 2000
 COLUMNS = 250
+MAX_CELLS = 200  # of a strip
 
 
 def strip(found: Snapshot, root: str = "") -> str:
@@ -32,9 +33,16 @@ def strip(found: Snapshot, root: str = "") -> str:
     ready = {event.block for event in found.blocks}
     num_steps = request.num_inference_steps
     steps = found.progress.block_steps if found.progress else ()
-    cells, words, first, looked = [], [], 0, looks.cells(found, root)
+    cells, first, looked = [], 0, looks.cells(found, root)
     sizes = sizes[: num_entered(found)] if request.is_endless else sizes
-    for block, num_latents in enumerate(sizes):
+    num_joined = min(len(ready), max(0, len(sizes) - MAX_CELLS)) if ready == set(range(len(ready))) else 0
+    if num_joined:  # blocks finish in order; one cell for all that are long ready, so that an endless film's page stays small
+        first = plan.frames(num_joined).start
+        cells.append(
+            f'<i class="block ready" style="flex-grow:{first};--done:1.000" data-block="0" data-from="0.0000" '
+            f'data-pictures="1" title="blocks 1 to {num_joined}: ready"></i>'
+        )
+    for block, num_latents in enumerate(sizes[num_joined:], num_joined):
         done = num_steps if block in ready else steps[block] if block < len(steps) else 0
         state = "ready" if block in ready else "moving" if done else "waiting"
         if found.is_ended and block not in ready:
@@ -43,9 +51,9 @@ def strip(found: Snapshot, root: str = "") -> str:
         label = f"block {block + 1}: {'ready' if block in ready else f'step {done} of {num_steps}'}"
         cells.append(
             f'<i class="block {state}" style="flex-grow:{num_frames};--done:{done / num_steps:.3f}" '
-            f'data-from="{first / request.fps:.4f}" data-pictures="{num_latents}" title="{label}"{looked.get(block, "")}></i>'
+            f'data-block="{block}" data-from="{first / request.fps:.4f}" data-pictures="{num_latents}" title="{label}"'
+            f"{looked.get(block, '')}></i>"
         )
-        words.append(label)
         first += num_frames
     total_s = first / request.fps
     count = f"{len(ready)} block{'s' * (len(ready) != 1)}" if request.is_endless else f"{len(ready)} of {len(sizes)} blocks"

@@ -15,7 +15,7 @@ import gradio as gr
 from dualparal.ui.form import NAMES, Form
 
 KEY = "dualparal-form"
-NOT_KEPT = ("start_image", "stored")
+NOT_KEPT = ("start_image", "continue_video", "stored")
 CONTINUED = ("continue_from", "join")
 KEPT = tuple(name for name in NAMES if name not in NOT_KEPT)
 # Values go by name, so that a draft of an older page is not taken for something else; and one of another model is left.

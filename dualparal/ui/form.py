@@ -18,13 +18,14 @@ from dualparal.request import AUTO, CONTEXTS, SOLVERS, TEMPORAL_FACTOR, Generati
 from dualparal.ui import pace, timeline
 from dualparal.ui.slider import Slider
 from dualparal.ui.studio import SHORT_SEEDS, Studio
-from dualparal.ui.uploads import PICTURES, uploaded
+from dualparal.ui.uploads import PICTURES, VIDEOS, uploaded
 
 HERE = Path(__file__).parent
 NAMES = (
     "prompt", "negative_prompt", "preset", "seconds", "is_endless", "seed", "pace", "num_inference_steps", "guidance_scale",
     "guidance_scale_2", "guidance_start", "guidance_stop", "flow_shift", "boundary_ratio", "solver", "num_per_block", "num_cat",
-    "context", "width", "height", "start_image", "loras", "continue_from", "join", "stored",
+    "context", "width", "height", "start_image", "continue_video", "loras", "continue_from", "join",
+    "stored",
 )  # fmt: skip
 LENGTH_INFO = "More seconds take more time, hardly more memory."
 ENDLESS = "Endless"
@@ -32,10 +33,12 @@ ENDLESS_INFO = "Goes on until you press “Finish the film”; steer it on the w
 CHOICES = {"context": (AUTO, *CONTEXTS), "solver": SOLVERS}
 TWO_EXPERTS = ("guidance_scale_2", "boundary_ratio")
 EMPTY = {"prompt": "", "negative_prompt": None}  # what an empty box asks for
-BEGINS = ("start_image", "continue_from", "join")  # what the film begins with
+BEGINS = ("start_image", "continue_video", "continue_from", "join")  # what the film begins with
 NO_NEGATIVE = "what it should not show"
 PICTURE = "Anchor: a picture to begin with (PNG, JPEG, WebP)"
 LORAS = "Behind a name :0.8 is its strength, before it high: or low: one of two experts."
+VIDEO = "Goes on from a video of yours (MP4, MOV, WebM)"
+VIDEO_AGAIN = "It went on from a video: give it again"
 CONTINUES = "Goes on from video"
 CONTINUES_INFO = "Empty it to begin a new film."
 JOIN = "Join: the video holds both"
@@ -90,7 +93,11 @@ def build(studio: Studio) -> Form:
         # A text box: Gradio's Number shows an empty value as 0, and a browser's numbers end at 2**53.
         parts["seed"] = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, min_width=80, elem_id="seed")
         dice = gr.Button("⚄", elem_id="dice", min_width=44, scale=0)
-    parts["start_image"] = gr.File(label=PICTURE, file_types=list(PICTURES), type="filepath", elem_id="start-image", height=72)
+    with gr.Row(elem_classes="begins-row"):
+        for name, label, kinds in (("start_image", PICTURE, PICTURES), ("continue_video", VIDEO, VIDEOS)):
+            parts[name] = gr.File(
+                label=label, file_types=list(kinds), type="filepath", elem_id=name.replace("_", "-"), height=72, min_width=150
+            )
     parts["continue_from"] = gr.Textbox(
         label=CONTINUES, info=CONTINUES_INFO, max_lines=1, visible=False, elem_id="continue-from"
     )
@@ -193,6 +200,7 @@ def read(studio: Studio, values: Sequence[Any]) -> Settings:
     found = dict(zip(NAMES, values, strict=True))
     stored, preset = found.pop("stored"), studio.preset(found.pop("preset"))
     film, is_joined = str(found.pop("continue_from") or "").strip(), found.pop("join")
+    video = uploaded(found.pop("continue_video"), "continue_from")
     asked: dict[str, Any] = {"fps": preset.fps} if stored is None else asked_again(stored.model_dump(exclude_none=True))
     before = {"pace": pace.of_preset(preset)} if stored is None else _shown(studio, stored, preset)
     changed = {name: value for name, value in found.items() if name not in before or value != before[name]}
@@ -223,6 +231,10 @@ def read(studio: Studio, values: Sequence[Any]) -> Settings:
     if "seed" in changed:
         changed["seed"] = _seed(changed["seed"])
     changed |= {name: changed[name] or default for name, default in EMPTY.items() if name in changed}
+    if film and video:
+        raise RequestError("the film goes on from a video made here and from a file; empty one of them", "continue_from")
+    if video:
+        changed["continue_from"] = video
     if film:
         changed |= {"continue_from": film, "join": bool(is_joined)}
     settings = studio.resolve(GenerationRequest(**asked | changed), preset.name)
@@ -264,14 +276,14 @@ def _shown(studio: Studio, settings: Settings, preset: Preset) -> dict[str, Any]
 
 def fill(
     studio: Studio, request: GenerationRequest, preset_name: object = None, *, began_with_picture: bool = False,
-    continue_from: str = "",
+    began_with_video: bool = False, continue_from: str = "",
 ) -> list[Any]:  # fmt: skip
-    """Updates that make the form show a stored request; a picture has to be given again. `continue_from`: the job that is to go
-    on, with a seed to be drawn. Raises `RequestError` for what cannot be made here."""
+    """Updates that make the form show a stored request; a picture or a video file has to be given again. `continue_from`: the
+    job that is to go on, with a seed to be drawn. Raises `RequestError` for what cannot be made here."""
     preset = studio.preset(preset_name)
     settings = studio.resolve(request, preset.name)
     at, shown = ranges(preset), {**_shown(studio, settings, preset), "preset": preset.name, "stored": settings}
-    shown |= {"start_image": None, "continue_from": continue_from, "join": True}
+    shown |= {"start_image": None, "continue_video": None, "continue_from": continue_from, "join": True}
     if continue_from:
         shown["seed"] = ""
     updates = []
@@ -281,6 +293,8 @@ def fill(
             changes = {"minimum": min(at[name]["minimum"], value), "maximum": max(at[name]["maximum"], value)}
         elif name == "start_image":
             changes = {"label": PICTURE_AGAIN if began_with_picture else PICTURE}
+        elif name == "continue_video":
+            changes = {"label": VIDEO_AGAIN if began_with_video else VIDEO}
         elif name in BEGINS:
             changes = {"visible": bool(continue_from)}
         elif name == "negative_prompt":

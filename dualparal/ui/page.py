@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from dualparal.errors import DualParalError, RequestError
+from dualparal.files import CLIP
 from dualparal.media.metadata import read_settings
 from dualparal.presets import USUAL
 from dualparal.ui import api, draft, form, owners, panels, timeline
@@ -33,6 +34,13 @@ DEFAULT_EXAMPLES = (
     "a red circle bouncing on a navy background",
     "A lighthouse on a cliff at dusk, waves breaking far below, slow aerial shot",
 )
+NOT_PLAYED = -1.0
+# What of the live video is played, in place of the third input.
+PLAYED_JS = f"""(...given) => {{
+  const video = document.querySelector('#video video');
+  given[2] = video && video.currentSrc ? video.currentTime : {NOT_PLAYED};
+  return given;
+}}"""
 OPEN_JS = f"""(browser) => {{{CARRIED_JS}
   return [browser, sessionStorage.getItem('dualparal-job') || '', sessionStorage.getItem('{draft.KEY}') || ''];
 }}"""
@@ -68,6 +76,7 @@ class Page:
         self.drafted = gr.Textbox(visible="hidden", elem_id="drafted")
         self.job_id = gr.State("")
         self.timer = gr.Timer(TICK_S)
+        self.played_s = gr.Number(NOT_PLAYED, visible="hidden")
         with gr.Row(elem_id="masthead"):
             gr.HTML("<h1>DualParal <span>Studio</span></h1>", apply_default_css=False, elem_id="brand")
             self.chip = gr.HTML(panels.engine_chip(self.studio), apply_default_css=False, elem_id="chip")
@@ -155,8 +164,9 @@ class Page:
         shelf = self.shelf
         self.timer.tick(
             self._tick_all,
-            [browser, self.job_id, shelf.seen, *shelf.query],
+            [browser, self.job_id, self.played_s, shelf.seen, *shelf.query],
             [*overview, shelf.seen, *shelf.outputs, self.wall.html],
+            js=PLAYED_JS,
             **QUIET,
         )
         self._then_follow(self.queue.show(self._watch_this, [browser], self.job_id, **QUIET))
@@ -289,10 +299,11 @@ class Page:
         return panels.engine_chip(self.studio), panels.queue(self.studio, owner, watched)
 
     def _tick_all(
-        self, token: str, job_id: str, seen: int, page: int, search: str, wanted: str, request: gr.Request
+        self, token: str, job_id: str, played_s: float, seen: int, page: int, search: str, wanted: str, request: gr.Request
     ) -> tuple[Any, ...]:
-        """The overview, and the gallery too when a job has ended, whoever follows it."""
+        """The overview, and the gallery too when a job has ended, whoever follows it. Notes what of the film is played."""
         owner = self._owner(token, request)
+        self.steering.note_played(job_id, played_s, owner)
         is_news, now = self.shelf.is_news(seen)
         shown = self.shelf.render(owner, page, search, wanted) if is_news else (gr.skip(), gr.skip())
         return *self._overview(owner, job_id), now, *shown, self.wall.render(owner, job_id)
@@ -305,7 +316,11 @@ class Page:
     def _reuse(self, token: str, event: gr.EventData, request: gr.Request) -> list[Any]:
         try:
             found = self.studio.find(event.id, self._owner(token, request))
-            return form.fill(self.studio, found.request.as_request(), began_with_picture=found.request.start_image is not None)
+            request = found.request
+            return form.fill(
+                self.studio, request.as_request(), began_with_picture=request.start_image is not None,
+                began_with_video=(request.continue_from or "").startswith(CLIP),
+            )  # fmt: skip
         except DualParalError as error:
             raise one_sentence(error) from None
 

@@ -97,6 +97,8 @@ def headline(found: Snapshot, studio: Studio) -> tuple[str, str]:
         progress = found.progress
         if progress is None:
             return "Preparing", "reading the prompt"
+        if found.request.is_endless and progress.is_held:
+            return "Waiting for you", f"{length(found.num_frames, found.request.fps)} ready; it goes on as you watch"
         if found.request.is_endless:
             return "Denoising", f"{length(found.num_frames, found.request.fps)} ready, without an end"
         share = progress.items_done / max(1, progress.num_items)
@@ -136,7 +138,8 @@ def board(found: Snapshot, studio: Studio, root: str = "") -> str:
     ):
         first_words = f'<span class="first">first frames in about {duration(wait_s)}</span>'
     share = 1.0 if found.state == "finished" else progress.items_done / max(1, progress.num_items) if progress else 0.0
-    notice = f'<p class="notice">{safe(found.started.notice)}</p>' if found.started and found.started.notice else ""
+    notices = [found.request.fitted, found.started.notice if found.started else ""]
+    notice = "".join(f'<p class="notice">{safe(said)}</p>' for said in notices if said)
     return (
         f'<section class="board {found.state}" data-job="{safe(found.job_id)}" data-state="{found.state}">'
         f'<p class="headline"{alert}><i></i><b>{safe(head)}</b><span>{safe(detail)}</span>{first_words}</p>'

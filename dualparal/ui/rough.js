@@ -21,9 +21,9 @@ const rough = (() => {
   const cells = (strip) => {
     const found = [...strip.querySelectorAll('.block')].map((cell) => ({
       cell, from: Number(cell.dataset.from), isReady: cell.classList.contains('ready'), url: cell.dataset.look,
-      step: Number(cell.dataset.step), pictures: Number(cell.dataset.pictures),
+      step: Number(cell.dataset.step), pictures: Number(cell.dataset.pictures), block: Number(cell.dataset.block),
     }));
-    found.forEach((one, block) => { one.block = block; one.to = found[block + 1]?.from ?? Number(strip.dataset.seconds); });
+    found.forEach((one, place) => { one.to = found[place + 1]?.from ?? Number(strip.dataset.seconds); });
     return found;
   };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,12 @@ class SteeringField:
     def shown(self) -> list[Any]:
         """The row, what is said below it, and the button that only an endless film has."""
         return [self.row, self.told, self._finish]
+
+    def note_played(self, job_id: str, played_s: object, owner: str) -> None:
+        """A tab shows the job and has played so many seconds of it; less than none where it plays nothing."""
+        if job_id and isinstance(played_s, int | float) and played_s >= 0:
+            with contextlib.suppress(DualParalError):  # it may be gone
+                self._studio.note_played(job_id, float(played_s), owner)
 
     def wrap_up(self, token: str, job_id: str, request: gr.Request) -> str:
         """What is said once an endless film has an end."""

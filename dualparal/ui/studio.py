@@ -1,6 +1,6 @@
 """What the page and the API share: one engine, its presets, and every action with the check that it is the caller's to take.
 
-Knows no Gradio. All refusals are `DualParalError`s of one sentence.
+Knows of Gradio the folder of uploads only. All refusals are `DualParalError`s of one sentence.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dualparal.engine.comparer import why_not_plain
 from dualparal.engine.takes import check_one
 from dualparal.errors import DualParalError, OutputError, RequestError
 from dualparal.events import Steered, WrappedUp
+from dualparal.files import CLIP, START_CLIP
 from dualparal.jobs.bin import Bin
 from dualparal.jobs.claim import delete_job
 from dualparal.jobs.folder import JobFolder, check_job_id, find_job, list_jobs
@@ -30,6 +31,7 @@ from dualparal.request import GenerationRequest, Settings
 from dualparal.ui import owners, snapshot
 from dualparal.ui.estimate import Estimate, Estimator
 from dualparal.ui.snapshot import Snapshot
+from dualparal.ui.uploads import is_uploaded
 from dualparal.ui.visitors import MAX_JOBS, Visitors, work_of
 from dualparal.ui.words import hide
 
@@ -113,12 +115,18 @@ class Studio:
     ) -> Snapshot:
         """Queue a job; the engine refuses with the number what cannot fit, and what is too much for the visitor's `address`
         is refused here."""
-        if request.continue_from is not None:
-            self.find(request.continue_from, owner)
+        self._check_continued(request, owner)
         check_one(request)
         settings = self.resolve(request, preset_name)
         self.check_loras(settings)
         return self._queued(settings, address, lambda: self.engine.submit(settings, owner=owner))
+
+    def _check_continued(self, request: GenerationRequest | Settings, owner: str) -> None:
+        """Raise `RequestError` for a film that is not the owner's own, or a file that was not uploaded."""
+        if (film := request.continue_from) is None:
+            return
+        if not is_uploaded(film):
+            self.find(film, owner)
 
     def check_loras(self, settings: Settings) -> None:
         """Raise `RequestError` for LoRAs that visitors may not ask for: nobody names files of this machine."""
@@ -142,8 +150,7 @@ class Studio:
         address: str = "",
     ) -> list[Snapshot]:
         """Queue the request with so many seeds, each to its first look; all or none."""
-        if request.continue_from is not None:
-            self.find(request.continue_from, owner)
+        self._check_continued(request, owner)
         settings = self.resolve(request, preset_name)
         self.check_loras(settings)
         jobs: list[Job] = []
@@ -232,6 +239,12 @@ class Studio:
         except TimeoutError as error:
             raise RequestError(str(error), "job_id") from None
 
+    def note_played(self, job_id: object, played_s: float, owner: str = "") -> None:
+        """Somebody watches a job's film and has seen so much: an endless one is not made far ahead of that."""
+        job = self.engine.job(check_job_id(job_id))
+        if job is not None and owners.may_touch(owner, job.owner):
+            job.tell_played(played_s)
+
     def try_another(self, job_id: object, owner: str = "", address: str = "") -> Snapshot:
         """Stop a job and queue the same with a newly drawn seed."""
         return self._asked_again(self.cancel(job_id, owner), owner, address, seed=secrets.randbelow(SHORT_SEEDS))
@@ -308,8 +321,10 @@ class Studio:
         return self._asked_again(self.find(job_id, owner), owner, address)
 
     def _asked_again(self, found: Snapshot, owner: str, address: str, **changes: Any) -> Snapshot:
-        picture = found.request.start_image and str(found.folder.start_image)
-        settings = found.request.model_copy(update={"start_image": picture, **changes})
+        changes["start_image"] = found.request.start_image and str(found.folder.start_image)
+        if (found.request.continue_from or "").startswith(CLIP):
+            changes["continue_from"] = str(found.folder.path / START_CLIP)
+        settings = found.request.model_copy(update=changes)
         self.check_loras(settings)
         make = self.engine.compare if found.is_baseline else self.engine.submit
         return self._queued(settings, address, lambda: make(settings, owner=owner))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from gradio.utils import get_upload_folder
 from dualparal.errors import RequestError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEOS = (".mp4", ".mov", ".webm")
 
 
 def uploaded(value: Any, field: str) -> str | None:
@@ -18,7 +20,14 @@ def uploaded(value: Any, field: str) -> str | None:
     path = value.get("path") if isinstance(value, dict) else value
     if path is None:
         return None
-    folder = Path(get_upload_folder()).resolve()
-    if isinstance(path, str) and path and "\0" not in path and len(path) < 4096 and folder in Path(path).resolve().parents:
+    if is_uploaded(path):
         return str(Path(path).resolve())
     raise RequestError(f"{field}: it has to be uploaded, as gradio_client's handle_file does it", field)
+
+
+def is_uploaded(path: Any) -> bool:
+    """Whether it is the path of a file in the folder of uploads, with all links followed."""
+    folder = Path(get_upload_folder()).resolve()
+    if not isinstance(path, str) or "\0" in path or len(path) >= 4096 or not os.path.isabs(path):
+        return False
+    return folder in Path(path).resolve().parents

@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 
 from dualparal import Engine, GenerationRequest, RequestError, Started, WorkerDied
+from dualparal.files import CLIP, START_CLIP, checksum_of
 from dualparal.jobs.job import Job, JobResult
+from dualparal.media.film import last_frames
 from dualparal.media.metadata import describe, read_settings
 from dualparal.method.plan import KEPT_LATENTS
 from dualparal.method.rules import plan_of, rules_of
@@ -199,12 +201,57 @@ def test_a_stopped_film_is_continued_from_where_it_was_stopped(tiny: Path, tmp_p
     assert describe(after[1].path)["num_frames"] == stopped + 12
 
 
+def test_a_video_file(tiny: Path, engine: Engine, first: Film, tmp_path: Path) -> None:
+    """It is seen as a film that was made here is, but for the way through pixels; its end is kept with the job."""
+    given = tmp_path / "a clip.mp4"
+    given.write_bytes(Path(first[1].path).read_bytes())
+    request = GenerationRequest(prompt="a dog", latents_num=8, seed=7, continue_from=str(given), **CACHED)
+    found = make(engine, request)
+    settings = found[0].request
+    assert (settings.ghost, settings.fitted, found[1].num_frames) == (7, "", 32)
+    assert settings.continue_from == f"{CLIP}{checksum_of((found[0].folder.path / START_CLIP).read_bytes())}"
+    assert str(given) not in (found[0].folder.path / "request.json").read_text()
+    frames = last_frames(given, 48, 32, 7)
+    ghost = StreamingDecoder.load(Checkpoint(tiny), device="cpu").encode_clip(torch.from_numpy(frames))
+    encoder = TextEncoder(Checkpoint(tiny), device="cpu", dtype=torch.float32)
+    texts = [[encoder.encode(text) for text in ("a dog", SMALL.negative_prompt)]]
+    blocks = Twin(tiny).run(
+        latents_num=8, num_per_block=3, num_cat=2, steps=4, texts=texts, seed=7, size=ghost.shape[3:], ghost=ghost[:, :, -2:],
+        **as_said(rules_of(settings)),
+    )  # fmt: skip
+    expected = torch.cat([blocks[number] for number in sorted(blocks)], dim=2)
+    assert found[1].latents is not None and (found[1].latents - expected).abs().max() <= 1e-4
+    given.unlink()
+    with open_engine(tiny, tmp_path / "outputs", ranks=2) as other:
+        again = make(other, request.model_copy(update={"continue_from": str(found[0].folder.path / START_CLIP)}))
+    assert torch.equal(again[1].latents, found[1].latents)  # type: ignore[arg-type]
+
+
+def test_a_video_file_after_a_kill(tiny: Path, first: Film, tmp_path: Path) -> None:
+    request = GenerationRequest(
+        prompt="a dog", latents_num=20, num_inference_steps=IS_SLOW, seed=1, continue_from=first[1].path, fps=4, **CACHED
+    )
+    with open_engine(tiny, tmp_path, ranks=2, worker_hook="tests.distributed.hooks:saves_often") as engine:
+        job = engine.submit(request)
+        assert job.request.fitted == "of the video that is continued 8 frames a second became 4"
+        assert wait_until(lambda: saved_item(job.folder) > 10, WAIT_S), "no sweep was saved"
+        os.kill(int(engine.workers["rank 1"]["pid"]), signal.SIGKILL)
+        with pytest.raises(WorkerDied):
+            job.result(WAIT_S)
+    with open_engine(tiny, tmp_path) as engine:
+        whole = make(engine, request)
+        resumed = engine.resume(job.id, return_latents=True).result(WAIT_S)
+    assert torch.equal(resumed.latents, whole[1].latents)  # type: ignore[arg-type]
+
+
 def test_what_is_refused(engine: Engine, first: Film, outputs: Path) -> None:
     before = sorted(outputs.iterdir())
     unknown = "0" * 12
     for values, said in (
         ({"continue_from": unknown}, f"there is no job {unknown} here"),
-        ({"continue_from": "../etc"}, "a job id is 6 to 36"),
+        ({"continue_from": "../etc"}, "there is neither a job nor a file of this name"),
+        ({"continue_from": str(first[0].folder.video), "join": True}, "only a film that was made here can be joined"),
+        ({"continue_from": str(first[0].folder.end)}, "the file is neither mp4, mov nor webm"),
         ({"num_cat": 0}, "with num_cat=0 no block would see the film"),
         ({"height": 64}, f"job {first[0].id} has pictures of 48 x 32 and this film of 48 x 64; leave width and height out"),
         ({"fps": 9, "join": True}, "has 8 frames per second and this film 9; leave out fps or join"),

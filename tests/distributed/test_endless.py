@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.distributed.hooks import IS_SLOW
 from tests.distributed.test_resume import saved_item
 from tests.distributed.test_steering import SMALL, WAIT_S, check_same, open_engine, steps_done
 
+ALL_OF_IT = 1e9  # seconds that are played
 PREVIEW: dict[str, Any] = {"schedule": "preview", "context": "cached", "refresh": 3, "max_in_flight": 3}
 ENDLESS = GenerationRequest(prompt="a cat sits", is_endless=True, seed=7, **PREVIEW)
 SHOTS = GenerationRequest(
@@ -57,6 +59,58 @@ def test_longer_than_planned_steered_and_wrapped_up(ranks: int, tiny: Path, tmp_
     assert [event for event in job.folder.events() if isinstance(event, WrappedUp)] == [told]
     assert read_settings(result.path) == job.request.as_request() and JobFolder(job.folder.path).request() == job.request
     check_same(plain, job.request, result)
+
+
+def is_held(job: Job) -> bool:
+    progress = job.view().progress
+    return progress is not None and progress.is_held
+
+
+def is_telling(job: Job, played_s: float, until: Callable[[], bool]) -> bool:
+    """Play so much of it, as a page does, until something is so; whether it ever is."""
+
+    def look() -> bool:
+        job.tell_played(played_s)
+        return until()
+
+    return wait_until(look, WAIT_S)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_waits_for_who_watches_and_pauses_change_no_bit(ranks: int, tiny: Path, tmp_path: Path, plain: Engine) -> None:
+    with open_engine(tiny, tmp_path, ranks=ranks) as engine:
+        job = engine.submit(ENDLESS.model_copy(update={"lead": 1.0}), return_latents=True)
+        assert is_telling(job, 0, lambda: is_held(job)), "nothing is played"
+        entered = entered_blocks(job)
+        for _ in range(20):
+            job.tell_played(0)
+            time.sleep(0.02)
+        assert entered_blocks(job) == entered and is_held(job)
+        for _ in range(3):
+            entered = entered_blocks(job)
+            assert is_telling(job, ALL_OF_IT, lambda: entered_blocks(job) > entered), "it goes on as it is played"  # noqa: B023
+            assert wait_until(lambda: is_held(job), WAIT_S), "and waits again"
+        told = job.steer("a dog runs")  # while it waits
+        assert is_telling(job, ALL_OF_IT, lambda: num_ready(job) > told.block)
+        assert wait_until(lambda: is_held(job), WAIT_S)
+        job.finish()
+        result = job.result(WAIT_S)
+    assert job.request.shots is not None and job.request.shots[-1].prompt == "a dog runs"
+    check_same(plain, job.request, result)
+
+
+def entered_blocks(job: Job) -> int:
+    progress = job.view().progress
+    return 0 if progress is None else sum(steps > 0 for steps in progress.block_steps)
+
+
+def test_a_film_that_waits_can_be_stopped(tiny: Path, tmp_path: Path) -> None:
+    with open_engine(tiny, tmp_path, ranks=2) as engine:
+        job = engine.submit(ENDLESS.model_copy(update={"lead": 0.0}))
+        assert is_telling(job, 0, lambda: is_held(job))
+        job.cancel()
+        assert wait_until(lambda: job.has_ended, WAIT_S) and job.state == "cancelled"
+        assert engine.submit(GenerationRequest(prompt="a dog", latents_num=1)).result(WAIT_S).num_frames == 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

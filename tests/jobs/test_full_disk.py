@@ -169,7 +169,8 @@ def test_saved_sweeps_on_a_full_disk(small: Path) -> None:
     writer.save_block(0, torch.zeros(2**16))
     writer.close()
     assert not writer.wants_sweep()
-    assert read_state(small / "state") == (None, [])
+    state, finished = read_state(small / "state")
+    assert state is None and not len(finished)
 
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

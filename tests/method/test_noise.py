@@ -35,6 +35,18 @@ def test_as_the_method_says(latents_num: int, num_per_block: int, num_cat: int) 
     assert all(block.dtype == torch.float32 and block.device.type == "cpu" for block in found)
 
 
+def test_blocks_that_are_passed_over_change_nothing() -> None:
+    plan = BlockPlan.of_scenes([[30, 9], [20]], 4, 3)
+    whole = list(coordinated_noise(plan, 4, 3, **SHAPE))
+    for first in range(plan.num_blocks):
+        rest = coordinated_noise(plan, 4, 3, **SHAPE)
+        for _ in range(first):
+            rest.skip()
+        found = list(rest)
+        assert len(found) == plan.num_blocks - first
+        assert all(torch.equal(one, other) for one, other in zip(found, whole[first:], strict=True))
+
+
 @pytest.mark.parametrize(("latents_num", "num_per_block", "num_cat"), PLANS)
 def test_no_frame_repeats_within_left_context_and_own(latents_num: int, num_per_block: int, num_cat: int) -> None:
     blocks = names(noise(latents_num, num_per_block, num_cat))

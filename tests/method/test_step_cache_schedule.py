@@ -15,7 +15,7 @@ from dualparal.events import Progress
 from dualparal.method.plan import BlockPlan
 from dualparal.method.schedule import ALL_BLOCKS, Context, Item, LeftContext, Rules, make_schedule
 from dualparal.method.step_cache import StepCache
-from dualparal.ring.coordinator import ProgressReport
+from dualparal.ring.progress import ProgressReport
 
 
 @pytest.mark.parametrize(("interval", "before", "after", "computed"), [

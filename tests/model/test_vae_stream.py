@@ -140,21 +140,23 @@ def test_a_lacking_tensor_is_named(tiny: Path, tmp_path: Path) -> None:
         StreamingDecoder.load(Checkpoint(folder), device="cpu")
 
 
+@pytest.mark.parametrize("num_frames", [1, 5, 13])
 @pytest.mark.parametrize(("name", "factor"), [("tiny", 8), ("tiny_ti2v", 16)])
-def test_a_picture_is_encoded_as_diffusers_does_it_while_a_video_is_decoded(
-    name: str, factor: int, request: pytest.FixtureRequest
+def test_a_picture_or_clip_is_encoded_as_diffusers_does_it_while_a_video_is_decoded(
+    name: str, factor: int, num_frames: int, request: pytest.FixtureRequest
 ) -> None:
     decoder = StreamingDecoder.load(Checkpoint(request.getfixturevalue(name)), device="cpu")
-    picture = torch.randint(0, 256, (4 * factor, 6 * factor, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    size = (num_frames, 4 * factor, 6 * factor, 3)
+    clip = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     latents = torch.randn(1, decoder.z_dim, 4, 4, 6, generator=torch.Generator().manual_seed(3))
     whole = decoder.decode(latents)
     decoder.begin()
     first = decoder.decode(latents[:, :, :2])
-    found = decoder.encode_picture(picture)
+    found = decoder.encode_clip(clip) if num_frames > 1 else decoder.encode_picture(clip[0])
     assert torch.equal(torch.cat([first, decoder.decode(latents[:, :, 2:])], dim=2), whole), "the video did not go on"
-    video = (picture.float() / 127.5 - 1).permute(2, 0, 1)[None, :, None]
+    video = (clip.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
     with torch.no_grad():
         mode = decoder.vae.encode(video).latent_dist.mode()
     config = decoder.vae.config
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-    assert found.shape == (1, decoder.z_dim, 1, 4, 6) and (found - (mode - mean) / std).abs().max() < 1e-5
+    assert found.shape == (1, decoder.z_dim, (num_frames + 3) // 4, 4, 6) and (found - (mode - mean) / std).abs().max() < 1e-5

@@ -116,7 +116,7 @@ def test_every_parameter_is_documented(server: Server) -> None:
     api = server.client.view_api(return_format="dict", print_info=False)
     names = {"generate", "submit", "status", "cancel", "resume", "steer", "finish", "delete", "result", "look", "presets"}
     assert set(api["named_endpoints"]) == {f"/{name}" for name in names}
-    fields = set(GenerationRequest.model_fields) | {"preset", "owner"}
+    fields = set(GenerationRequest.model_fields) | {"preset", "continue_video", "owner"}
     for name in ("/generate", "/submit"):
         parameters = api["named_endpoints"][name]["parameters"]
         assert {parameter["parameter_name"] for parameter in parameters} == fields
@@ -234,7 +234,7 @@ def test_generate_reports_bad_values_too(server: Server) -> None:
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_not_a_number_in_the_raw_body(server: Server, value: str) -> None:
-    body = f'{{"data": ["a kite", null, {value}{", null" * (len(GenerationRequest.model_fields) - 1)}]}}'
+    body = f'{{"data": ["a kite", null, {value}{", null" * len(GenerationRequest.model_fields)}]}}'
     posted = httpx.post(f"{server.url}gradio_api/call/submit", content=body, headers={"Content-Type": "application/json"})
     if posted.status_code == 200:
         answer = httpx.get(f"{server.url}gradio_api/call/submit/{posted.json()['event_id']}", timeout=30).text

@@ -51,7 +51,15 @@ def form_values(studio: Studio, **changes: Any) -> list[Any]:
     at = form.ranges(studio.engine.preset)
     values = {name: at[name]["value"] for name in at} | {name: getattr(studio.engine.preset, name) for name in form.CHOICES}
     values |= {"prompt": "a kite", "negative_prompt": "", "preset": studio.engine.preset.name, "seed": ""}
-    values |= {"pace": 0, "start_image": None, "loras": [], "continue_from": "", "join": True, "is_endless": False}
+    values |= {
+        "pace": 0,
+        "start_image": None,
+        "continue_video": None,
+        "loras": [],
+        "continue_from": "",
+        "join": True,
+        "is_endless": False,
+    }
     values |= {"stored": None, **SMALL, **changes}
     return [values[name] for name in form.NAMES]
 

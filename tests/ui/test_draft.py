@@ -49,7 +49,14 @@ def test_what_is_no_draft_is_left(text: object) -> None:
 
 
 def test_a_form_that_nobody_touched_asks_for_the_presets_values(studio: Studio) -> None:  # noqa: F811
-    shown = {**form.defaults(PAGE_PRESET), "prompt": "a kite", "stored": None, "start_image": None, "seed": "7"}
+    shown = {
+        **form.defaults(PAGE_PRESET),
+        "prompt": "a kite",
+        "stored": None,
+        "start_image": None,
+        "continue_video": None,
+        "seed": "7",
+    }
     read = form.read(studio, [shown[name] for name in form.NAMES])
     assert read.model_copy(update={"chosen": ""}) == studio.resolve(
         form.GenerationRequest(prompt="a kite", seed=7, fps=PAGE_PRESET.fps)

@@ -137,3 +137,19 @@ def test_a_file_that_cannot_be_written_ends_no_job(tmp_path: Path, capsys: pytes
         file.take(look)
     file.take(Cancelled(job_id="abcdef"))
     assert capsys.readouterr().err.count("could not be written") == 1
+
+
+def test_the_strip_of_a_long_film_stays_short(tmp_path: Path) -> None:
+    def drawn(num_blocks: int, num_ready: int) -> str:
+        found: Any = SimpleNamespace(
+            folder=JobFolder(tmp_path), looks={}, request=settings(latents_num=4 * num_blocks, num_per_block=4, num_cat=0),
+            blocks=[SimpleNamespace(block=block) for block in range(num_ready)], progress=None, is_ended=False,
+            is_baseline=False, state="running",
+        )  # fmt: skip
+        return charts.strip(found)
+
+    long = drawn(1200, 1180)
+    assert long.count('class="block ') == charts.MAX_CELLS + 1 and len(long) < 60_000
+    assert 'title="blocks 1 to 1000: ready"' in long and 'title="block 1001: ready"' in long and 'data-block="1199"' in long
+    assert f'data-from="{(4 * 4000 - 3) / 16:.4f}"' in long, "the next one begins where they end"
+    assert "blocks 1 to" not in drawn(200, 200) and drawn(200, 200).count('class="block ') == 200

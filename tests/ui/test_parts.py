@@ -174,7 +174,15 @@ def form_values(studio: Studio, **changes: Any) -> list[Any]:
     at = form.ranges(studio.engine.preset)
     values = {name: at[name]["value"] for name in at} | {name: getattr(studio.engine.preset, name) for name in form.CHOICES}
     values |= {"prompt": "a kite", "negative_prompt": "", "preset": "pocket", "seed": "", "pace": 0, "stored": None}
-    values |= {"width": 96, "height": 96, "start_image": None, "loras": [], "continue_from": "", "join": True}
+    values |= {
+        "width": 96,
+        "height": 96,
+        "start_image": None,
+        "continue_video": None,
+        "loras": [],
+        "continue_from": "",
+        "join": True,
+    }
     values |= {"is_endless": False, **changes}
     return [values[name] for name in form.NAMES]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,3 +186,31 @@ def test_the_form_asks_for_an_endless_film(studio: Studio) -> None:
     ended = form.read(studio, list((values | {"is_endless": False, "seconds": 2}).values()))
     assert not ended.is_endless and ended.num_frames == 33
     assert "endless" in panels.estimate_line(studio.estimate(wanted))
+
+
+def test_a_page_says_what_is_played_and_that_the_film_waits(
+    studio: Studio, group_log: GroupLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {name: value for name, value in FILM.items() if name != "seconds"} | {"is_endless": True}
+    job_id = studio.submit(GenerationRequest(**wanted), owner=studio.owner_of(OWNER)).job_id
+    job, page = studio.engine.job(job_id), Page(studio)
+    assert job is not None and wait_until(lambda: job.state == "running", 30)
+    told: list[float] = []
+    monkeypatch.setattr(job, "tell_played", told.append)
+    for token, shown, played_s in (
+        (OWNER, job_id, 2.5),
+        (OWNER, job_id, -1.0),
+        ("a stranger's", job_id, 9.0),
+        (OWNER, "", 9.0),
+    ):
+        page._tick_all(token, shown, played_s, 0, 0, "", "all", HTTP)
+    page._tick_all(OWNER, job_id, None, 0, 0, "", "all", HTTP)  # type: ignore[arg-type]
+    assert told == [2.5]
+    monkeypatch.undo()
+    job.tell_played(1.0)
+    found = studio.find(job_id, studio.owner_of(OWNER))
+    assert found.progress is not None
+    held = replace(found, progress=replace(found.progress, is_held=True))
+    assert panels.headline(held, studio)[0] == "Waiting for you"
+    job.cancel()
+    group_log.let_go.set()

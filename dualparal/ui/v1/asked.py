@@ -1,8 +1,8 @@
-"""The body of `POST /v1/videos`, JSON or a form with a picture, as the fields of a request.
+"""The body of `POST /v1/videos`, JSON or a form with a picture or a video, as the fields of a request.
 
 OpenAI's names are `model`, `prompt`, `seconds`, `size` ("832x480") and `input_reference`; `preset` and all fields of
-`GenerationRequest` may stand beside them. What they may be, the request says. A picture is put among the page's uploads, and is
-gone once the job has taken it.
+`GenerationRequest` may stand beside them. What they may be, the request says. A picture to begin with, or a video to go on
+from, is put among the page's uploads, and is gone once the job has taken it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from gradio.utils import get_upload_folder
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
+from dualparal.errors import RequestError
+from dualparal.media.film import kind_of
 from dualparal.request import shown
-from dualparal.ui.api import FILES
+from dualparal.ui.api import FILES, VIDEO
 from dualparal.ui.http.refusals import RETRY_S, Refusal
 from dualparal.ui.v1.bodies import PICTURE, form_of, json_of
 
@@ -71,7 +73,7 @@ async def asked(request: Request) -> AsyncIterator[Asked]:
 
 def _asked(values: dict[str, Any]) -> Asked:
     """`values` in the request's own words; their picture on the disk."""
-    for name in FILES:
+    for name in (*FILES, VIDEO):
         if name in values:
             raise Refusal(400, f"{name} is called {PICTURE} here", "invalid_value", param=name)
     size, picture = values.pop("size", None), values.pop(PICTURE, None)
@@ -81,7 +83,7 @@ def _asked(values: dict[str, Any]) -> Asked:
     folder = None
     if picture is not None:
         folder = _kept(picture)
-        values[FILES[0]] = {"path": str(folder / "picture")}
+        values[VIDEO if _is_video(folder / "picture") else FILES[0]] = {"path": str(folder / "picture")}
     return Asked(fields=values, preset=preset, model=model, folder=folder)
 
 
@@ -111,6 +113,14 @@ def _kept(picture: Any) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         raise Refusal(503, f"the picture could not be stored: {error.strerror}", "no_storage", param=PICTURE) from None
     return folder
+
+
+def _is_video(file: Path) -> bool:
+    try:
+        kind_of(file)
+    except RequestError:
+        return False
+    return True
 
 
 def _decoded(picture: Any) -> bytes:

@@ -29,8 +29,9 @@ class Making:
         self._desk, self._studio, self._objects = desk, desk.studio, desk.objects
 
     async def create(self, request: Request) -> Response:
-        """Queue a video and return at once. JSON, or a form with a picture to begin with as `input_reference`. With `takes` the
-        answer is the first of so many, and its `takes` lists the id of each: they rest at their first look until /resume."""
+        """Queue a video and return at once. JSON, or a form with a picture to begin with, or a video to go on from, as
+        `input_reference`. With `takes` the answer is the first of so many, and its `takes` lists the id of each: they rest at
+        their first look until /resume."""
         owner, in_thread = self._desk.access.owner(request), self._desk.in_thread
         async with asked(request) as found:
             preset = await in_thread(self._preset, found.preset, found.model)

@@ -119,7 +119,8 @@ def _schemas() -> dict[str, Any]:
         "preset": {**TEXT, "description": "the same by its other name"},
         "size": {**TEXT, "description": "width x height in pixels, such as 832x480"},
         "input_reference": {
-            "description": "a picture to begin with: in a form its file, in JSON {image_url: 'data:image/...;base64,...'}"
+            "description": "a picture to begin with, or a video to go on from: in a form its file, in JSON a picture alone, as "
+            "{image_url: 'data:image/...;base64,...'}"
         },
     }
     video = {
