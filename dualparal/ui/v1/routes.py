@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount
 
-from dualparal.ui.v1.desk import Desk
+from dualparal.ui.v1.calls import Calls
 from dualparal.ui.v1.door import Answers, Door
 from dualparal.ui.v1.keys import Access
 from dualparal.ui.v1.making import MAX_LISTED, Making
@@ -29,9 +29,9 @@ CONTENT = {
 EVENTS = {"last_event_id": "in place of the header Last-Event-ID", **LINK}
 
 
-def doors(desk: Desk) -> list[Door]:
+def doors(calls: Calls) -> list[Door]:
     """All routes."""
-    make, watch = Making(desk), Watching(desk)
+    make, watch = Making(calls), Watching(calls)
     one = "/videos/{video_id}"
     return [
         Door(method="POST", path="/videos", call=make.create, gives="Video", takes="CreateVideo"),
@@ -73,4 +73,4 @@ def with_description(found: list[Door]) -> list[Door]:
 
 def mount(access: Access, root: str = "") -> Mount:
     """All of it as one route of the server, whose path behind a proxy is `root`."""
-    return Mount("/v1", app=Answers(with_description(doors(Desk(access, root)))))
+    return Mount("/v1", app=Answers(with_description(doors(Calls(access, root)))))

@@ -14,7 +14,7 @@ import pytest
 
 from dualparal.errors import RequestError
 from dualparal.events import Steered
-from dualparal.ui.v1 import desk
+from dualparal.ui.v1 import calls
 from tests.page_server import DEADLINE_S, GRADIO_WARNINGS, Server
 from tests.ui.v1.test_videos import ANN, BOB, LONG, SHORT, client_of, error_of, raw, started, until
 
@@ -172,7 +172,7 @@ def test_steering_that_is_refused(server: Server, body: dict[str, Any], param: s
 
 def test_few_wait_at_once_for_one_video(slow: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody keeps the server's threads by steering one video over and over."""
-    monkeypatch.setattr(desk, "MAX_WAITS_EACH", 1)
+    monkeypatch.setattr(calls, "MAX_WAITS_EACH", 1)
     waits, held = threading.Event(), threading.Event()
 
     def steer(*_: object) -> Steered:

@@ -25,8 +25,8 @@ MAX_WAITS, MAX_WAITS_EACH = 32, 4  # for a running job's next block step, some m
 LOOK_EVERY_S = 0.1
 
 
-class Desk:
-    """Where callers are met."""
+class Calls:
+    """How a route gets the caller's video, and waits for what takes its time."""
 
     def __init__(self, access: Access, root: str = "") -> None:
         self.access, self.studio = access, access.studio
