@@ -13,14 +13,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from dualparal.errors import OutputError, RequestError
 from dualparal.media.ffmpeg import ffmpeg_path, run_ffmpeg
 from dualparal.method.plan import SETTLING_LATENTS
 from dualparal.paths import is_file, why_missing
 from dualparal.request import TEMPORAL_FACTOR, frames_of_latents
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FIELD = "continue_from"
 MAX_BYTES = 2**31
@@ -82,6 +84,8 @@ def read_end(path: Path, *, width: int, height: int, fps: int, num_latents: int)
 def last_frames(clip: Path, width: int, height: int, most_latents: int) -> np.ndarray:
     """Of a `Clip` that was put into a file: its last frames, 4k + 1 and for at most so many latents, uint8 [F, H, W, 3]. Raises
     `OutputError`."""
+    import numpy as np  # for rank 0 alone: the command line waits for it
+
     arguments = ["-i", str(clip), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     pixels = np.frombuffer(run_ffmpeg(arguments, what=f"opening {clip.name}", timeout_s=TIMEOUT_S), np.uint8)
     frames = pixels[: pixels.size // (width * height * 3) * (width * height * 3)].reshape(-1, height, width, 3)
