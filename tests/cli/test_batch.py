@@ -92,10 +92,14 @@ def test_all_lines_are_checked_before_the_first_is_begun(batch: Command, group_l
 
 
 def test_a_file_that_cannot_be_read(batch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> str:
-        raise PermissionError(13, "Permission denied")
+    read = Path.read_text
 
-    monkeypatch.setattr("dualparal.cli.batch_lines.Path.read_text", refuse)
+    def refuse(path: Path, *args: Any, **options: Any) -> str:
+        if path.name == "films.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
     assert batch(films("a kite")) == 2
     assert "films.jsonl cannot be read: Permission denied" in batch.err
 
