@@ -16,12 +16,16 @@ from typing import Any
 from benchmarks.common import hardware, table
 from dualparal import Engine, GenerationRequest
 from dualparal.events import BlockReady
+from dualparal.presets import load_presets
+from dualparal.request import Settings
 
 METHODS: dict[str, dict[str, Any]] = {
     "the preset's own": {},
     "paper, cached context": {"schedule": "paper", "context": "cached"},
     "paper, recomputed context": {"schedule": "paper", "context": "recomputed"},
+    "pocket-fast's own": {},
 }
+PRESETS = {"pocket-fast's own": "pocket-fast"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Film:
     stalled_s: float
 
 
-def made(engine: Engine, request: GenerationRequest) -> Film:
+def made(engine: Engine, request: GenerationRequest | Settings) -> Film:
     """Make one film and note when each block is there."""
     started_s = time.monotonic()
     job = engine.submit(request)
@@ -65,16 +69,20 @@ def main() -> None:
         orders = {}
         for _ in range(options.times):
             for name in films:
-                asked = request.model_copy(update=METHODS[name])
-                films[name].append(made(engine, asked))
-                settings = engine.resolve(asked)
+                preset = load_presets()[PRESETS.get(name, "pocket")]
+                settings = engine.resolve(request.model_copy(update=METHODS[name]), preset)
+                films[name].append(made(engine, settings))
                 in_flight = min(settings.max_in_flight, engine.plan(settings).workload.schedule.num_in_flight())
                 orders[name] = (f"{in_flight} x {settings.stagger}", f"{engine.plan(settings).first_share:.0%}")
     rows = []
     for name, each in films.items():
         medians = [statistics.median(getattr(film, field) for film in each) for field in ("first_s", "total_s", "stalled_s")]
-        rows.append([name, *orders[name], *(f"{value:.1f}" for value in medians)])
-    head = ["order", "in flight x stagger", "work before the first block", "first frames s", "total s", "stalls s"]
+        speed = options.seconds / medians[1]
+        rows.append([name, *orders[name], *(f"{value:.1f}" for value in medians), f"{speed:.1f}"])
+    head = [
+        "order", "in flight x stagger", "work before the first block", "first frames s", "total s", "stalls s",
+        "s of film a second",
+    ]  # fmt: skip
     print(table(head, rows))
 
 

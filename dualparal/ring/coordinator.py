@@ -108,7 +108,8 @@ class Coordinator:
                 self._take(self._requests.get())
             message = self._waiting.pop(0)
             if isinstance(message, Shutdown):
-                self._links.broadcast(None) if self._links.grid.ranks > 1 else None
+                if self._links.grid.ranks > 1:
+                    self._links.broadcast(None)
                 self._to_codec.put(message)
                 self._to_codec.close()
                 self._to_codec.join_thread()

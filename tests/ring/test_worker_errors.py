@@ -12,6 +12,7 @@ import torch
 
 from dualparal.errors import DualParalError, RequestError, error_from_wire
 from dualparal.messages import CancelJob, Denoised, JobError, RunJob, Shutdown
+from dualparal.method.grid import Grid
 from dualparal.options import EngineOptions
 from dualparal.ring.coordinator import Coordinator
 from dualparal.ring.worker import describe_error
@@ -58,7 +59,7 @@ def test_rank_0_forgets_stops_that_come_too_late(tmp_path: Path) -> None:
                 requests.put(one)
 
     to_codec = SimpleNamespace(put=lambda _: None, close=lambda: None, join_thread=lambda: None)
-    parts: list[Any] = [None, SimpleNamespace(ranks=1), SimpleNamespace(config=lambda _: {}), SimpleNamespace(send=send)]
+    parts: list[Any] = [None, SimpleNamespace(grid=Grid(1)), SimpleNamespace(config=lambda _: {}), SimpleNamespace(send=send)]
     rank_0 = Coordinator(*parts, requests, to_codec, queue.Queue(), SimpleNamespace(engine=EngineOptions(timeout_s=1.0)))  # type: ignore[arg-type]
 
     def run(job: RunJob) -> None:
