@@ -11,6 +11,7 @@ import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,7 @@ class FakeGroup:
         self._out: queue.Queue[Any] = queue.Queue()
         self._dead: str | None = None
         self._stopped: set[str] = set()
+        self.wishes: deque[Steer | Finish] = deque()  # that have come, answered before the next step
         self._beats_at_s: float | None = None  # None: it is loading
         self.is_closed = False
         with self.notebook.lock:
@@ -165,7 +167,9 @@ class FakeGroup:
             job = JobUnderWay(run, self.options.ranks, self.say)
             is_stopped = False
             for place in itertools.count():
-                is_stopped = self._is_stopped(run.job_id, lambda wish: self._steer(job, wish, place))  # noqa: B023
+                is_stopped = self._is_stopped(run.job_id)
+                while self.wishes:
+                    self._steer(job, self.wishes.popleft(), place)
                 if place < len(job.items):
                     job.look_ahead(job.items[place])
                 if place == len(job.items):
@@ -208,14 +212,14 @@ class FakeGroup:
             job.has_failed = True
             self.say(JobError(job.run.job_id, "OutOfMemory", NO_MEMORY))
 
-    def _is_stopped(self, job_id: str, steer: Callable[[Steer | Finish], None] = lambda wish: None) -> bool:
+    def _is_stopped(self, job_id: str) -> bool:
         while not self.requests.empty():
             message = self.requests.get()
             if isinstance(message, CancelJob):
                 if not self.notebook.is_deaf:
                     self._stopped.add(message.job_id)
             elif isinstance(message, Steer | Finish):
-                steer(message)
+                self.wishes.append(message)
             elif not isinstance(message, Played):
                 self.requests.put(message)
                 break

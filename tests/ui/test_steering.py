@@ -51,14 +51,11 @@ def running(studio: Studio) -> str:
     return job_id
 
 
-def goes_on_once_asked(studio: Studio, group_log: GroupLog, job_id: str) -> None:
-    """The film waits for the wish, however slow the machine is, and takes its time then."""
-    job = studio.engine.job(job_id)
-    assert job is not None
-    group_log.item_s = 0.02
+def goes_on_once_asked(group_log: GroupLog) -> None:
+    """The film waits for the wish, however slow the machine is."""
 
     def watch() -> None:
-        wait_until(lambda: bool(job._wishes._answers), 120)
+        wait_until(lambda: any(group.wishes for group in group_log.groups), 120)
         group_log.let_go.set()
 
     threading.Thread(target=watch).start()
@@ -66,7 +63,7 @@ def goes_on_once_asked(studio: Studio, group_log: GroupLog, job_id: str) -> None
 
 def test_over_the_api(studio: Studio, group_log: GroupLog) -> None:
     calls, job_id = Calls(studio), running(studio)
-    goes_on_once_asked(studio, group_log, job_id)
+    goes_on_once_asked(group_log)
     told = calls.steer(HTTP, job_id, "a red kite", "blend", OWNER)
     job = studio.engine.job(job_id)
     assert job is not None and told["block"] >= 2 and told["from_s"] > 0
@@ -101,7 +98,7 @@ def test_whose_and_what_is_refused(studio: Studio, group_log: GroupLog) -> None:
 
 def test_on_the_page(studio: Studio, group_log: GroupLog) -> None:
     page, job_id = Page(studio), running(studio)
-    goes_on_once_asked(studio, group_log, job_id)
+    goes_on_once_asked(group_log)
     text, told = page.steering.from_here_on(OWNER, job_id, "a <red> kite", "switch", HTTP)
     assert text == "" and "“a &lt;red&gt; kite”" in told and told.startswith('<p role="status">From ')
     event = Steered(
